@@ -1,0 +1,187 @@
+"""`make demo`: the whole chain on one machine, through faults. A cluster, the chart, a job, six faults, the figures.
+
+KEEP=1 keeps the cluster. The exit code is not zero when a promise was broken.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import sys
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from bench import costs, faults, samples
+from bench.faults import Scene
+from bench.follow import Follower
+from bench.report import FaultRecord, Report, draw_curve, fault_table, promise_table, promises
+from bench.stage import ROOT, Stage, opened, wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from bench.follow import Step
+
+NAMESPACE = "demo"
+OUT = ROOT / "build/demo"
+console = Console(highlight=False)
+
+
+def main() -> int:
+    """Run the demo; 0 when every promise was kept."""
+    started = time.monotonic()
+    with opened("demo", nodes=4, keep=bool(os.environ.get("KEEP"))) as stage:
+        prepare(stage)
+        report = Report()
+        interval = train_through_faults(stage, report)
+        report.torchrun_rank_kill_s = torchrun_rank_kill(stage)
+    found = promises(report, interval)
+    report.write(OUT / "report.json")
+    console.print(fault_table(report.faults), promise_table(found), sep="\n")
+    console.print(
+        f"report: {OUT / 'report.json'}\nloss curve: {OUT / 'loss.png'}\n{time.monotonic() - started:.0f} s in all"
+    )
+    return 0 if all(p.ok for p in found) else 1
+
+
+def prepare(stage: Stage) -> None:
+    """Install the chart on the node kept for the operator, make the namespace."""
+    stage.reserve_operator_node()
+    say("installing the chart with helm")
+    stage.install()
+    stage.make_namespace(NAMESPACE)
+
+
+def train_through_faults(stage: Stage, report: Report) -> int:
+    """Apply the sample, break things, wait for Complete, fill the report. Returns the checkpoint interval."""
+    job = stage.apply_sample("tiny-llama.yaml", NAMESPACE)
+    say(
+        f"applied TrainingJob {NAMESPACE}/{job}; every pod imports torch once, that takes a while on two cores"
+    )
+    scene = Scene(stage, Follower(stage.cluster.kubeconfig, NAMESPACE, job), NAMESPACE, job)
+    interval = int(stage.job(NAMESPACE, job)["spec"]["checkpoint"]["interval"]["steps"])
+    marks: list[tuple[float, str]] = []
+    with live(scene.follower):
+        scene.follower.wait_step(2 * interval, 120)
+        report.idle_core_percent, report.rss_mb = costs.measure(scene)
+        for kind in ("rank-kill", "rank-freeze", "operator-kill", "coordinator-cut", "node-cut"):
+            marks.append((time.time(), kind))
+            report.faults.append(break_something(scene, kind, report))
+            settle(scene, interval)
+        wait_until(lambda: is_true(stage.condition(NAMESPACE, job, "Complete")), 600, "Complete", every=1)
+    finish(scene, report, marks)
+    return interval
+
+
+def break_something(scene: Scene, kind: str, report: Report) -> FaultRecord:
+    """Inject one fault and say what came of it."""
+    say(f"[bold]{kind}[/bold]")
+    if kind == "coordinator-cut":
+        record, report.coordinator_registered_s = faults.coordinator_cut(scene)
+    else:
+        inject = {"rank-kill": faults.rank_kill, "rank-freeze": faults.rank_freeze}
+        inject |= {"operator-kill": faults.operator_kill, "node-cut": faults.node_cut}
+        record = inject[kind](scene)
+    say(
+        f"  {record.stepping_again_s:.2f} s until the next step, {record.lost_steps} steps lost, generation {record.generation}"
+    )
+    return record
+
+
+def settle(scene: Scene, interval: int) -> None:
+    """Let the job commit once more, and every slot be back, before the next fault."""
+    latest = scene.follower.latest
+    scene.follower.wait_step((latest.step if latest else 0) + interval, 90)
+    wanted = scene.stage.job(scene.namespace, scene.job)["spec"]["nodes"]
+    count = wanted["replicas"] + wanted.get("spares", 0)
+    wait_until(lambda: ready_agents(scene) >= count, 60, f"{count} agents ready again", every=1)
+
+
+def ready_agents(scene: Scene) -> int:
+    """How many agents the job's status calls ready."""
+    return int(scene.stage.job(scene.namespace, scene.job).get("status", {}).get("nodes", {}).get("ready", 0))
+
+
+def finish(scene: Scene, report: Report, marks: list[tuple[float, str]]) -> None:
+    """The figures of the whole run."""
+    steps = list(scene.follower.steps)
+    report.steps, report.loss_first, report.loss_last = steps[-1].step, steps[0].loss, steps[-1].loss
+    report.val_nats_per_byte = samples.validation(scene.follower.lines)
+    report.fork_to_collective_s = samples.fork_to_collective(scene.follower.lines)
+    report.goodput = samples.goodput(steps)
+    audit = samples.audit(scene)
+    report.samples_missing, report.samples_twice = audit.missing, audit.twice
+    OUT.mkdir(parents=True, exist_ok=True)
+    draw_curve(steps, marks, OUT / "loss.png")
+    scene.follower.close()
+
+
+def torchrun_rank_kill(stage: Stage) -> float:
+    """The same job under stock torchrun, one rank killed: seconds to the next step."""
+    job = stage.apply_sample("tiny-llama-torchrun.yaml", NAMESPACE)
+    say(f"the same with kind: Torchrun, {NAMESPACE}/{job}")
+    scene = Scene(stage, Follower(stage.cluster.kubeconfig, NAMESPACE, job), NAMESPACE, job)
+    with live(scene.follower):
+        scene.follower.wait_step(10, 120)
+        seconds = faults.torchrun_rank_kill(scene)
+    say(f"  {seconds:.2f} s until the next step under torchrun")
+    stage.kubectl("delete", "trainingjob", job, "-n", NAMESPACE, "--wait=false")
+    scene.follower.close()
+    return seconds
+
+
+def is_true(condition: dict[str, Any] | None) -> bool:
+    """Whether a condition is there and true; a job that failed ends the demo with its words."""
+    return condition is not None and condition["status"] == "True"
+
+
+@contextlib.contextmanager
+def live(follower: Follower) -> Iterator[None]:
+    """Show step, loss, speed and generation while the block runs: one changing line, or plain lines without a terminal."""
+    done = threading.Event()
+    thread = threading.Thread(target=_show, args=(follower, done), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join(timeout=2)
+
+
+def _show(follower: Follower, done: threading.Event) -> None:
+    if console.is_terminal:
+        with console.status("waiting for the first step") as status:
+            while not done.wait(0.5):
+                if follower.latest:
+                    status.update(_line(follower, follower.latest))
+        return
+    while not done.wait(5):
+        if follower.latest:
+            say(_line(follower, follower.latest))
+
+
+def _line(follower: Follower, step: Step) -> str:
+    return (
+        f"step {step.step:5d}  loss {step.loss:.3f}  {step.tokens_per_s:7.0f} tokens/s  "
+        f"generation {step.generation}  {step.world} ranks on {_nodes(follower)}"
+    )
+
+
+def _nodes(follower: Follower) -> str:
+    """The slots that train, by the coordinator's newest word."""
+    told = (re.search(r"; members ([\d,]+)", line.text) for line in reversed(follower.lines))
+    members = next((match[1] for match in told if match), "?")
+    return f"slots {members}"
+
+
+def say(text: str) -> None:
+    """One line of the story."""
+    console.print(f"[dim]{time.strftime('%H:%M:%S')}[/dim] {text}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""How long from a fault to the next step, on the local cluster. Medians of five runs and their spread.
+
+`python -m bench.recovery [--quick] [--cases A,B] [--json FILE]`. Each pair of runs is the same kill under Stormjib and under stock
+torchrun, one after the other on the same cluster.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from bench import faults
+from bench.demo import ready_agents, say
+from bench.faults import Scene
+from bench.follow import Follower
+from bench.stage import Stage, opened, wait_until
+from bench.table import Row, show, write_json
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+NAMESPACE = "bench"
+
+
+def main() -> None:
+    """Run the bench."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="one run of the rank kill, no peer")
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument(
+        "--cases", type=lambda text: text.split(","), default=list(CASES), help=",".join(CASES)
+    )
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    with opened("bench", nodes=4) as stage:
+        stage.reserve_operator_node()
+        stage.install()
+        stage.make_namespace(NAMESPACE)
+        rows = quick(stage) if options.quick else full(stage, options.runs, options.cases)
+    Console().print(show(rows))
+    if options.json:
+        write_json(options.json, rows, ["torch", "kopf", "kubernetes"])
+
+
+def quick(stage: Stage) -> list[Row]:
+    """One rank kill."""
+    return [
+        _row("rank-kill", "stormjib", [run_job(stage, lambda s: [faults.rank_kill(s).stepping_again_s])[0]])
+    ]
+
+
+def full(stage: Stage, runs: int, cases: list[str]) -> list[Row]:
+    """The chosen faults, each `runs` times."""
+    unknown = set(cases) - set(CASES)
+    if unknown:
+        raise SystemExit(f"--cases names {min(unknown)!r}; known: {', '.join(CASES)}")
+    return [row for case in cases for row in CASES[case](stage, runs)]
+
+
+def rank_kill(stage: Stage, runs: int) -> list[Row]:
+    """The same kill under Stormjib and under stock torchrun, in pairs; each on a job of its own."""
+    ours, theirs = [], []
+    for _ in range(runs):
+        ours += run_job(stage, lambda s: [faults.rank_kill(s).stepping_again_s])
+        theirs += run_job(stage, lambda s: [faults.torchrun_rank_kill(s)], "tiny-llama-torchrun.yaml")
+    return [_row("rank-kill", "stormjib", ours), _row("rank-kill", "torchrun", theirs)]
+
+
+def rank_freeze(stage: Stage, runs: int) -> list[Row]:
+    """SIGSTOP, again and again on one job."""
+    seen = run_job(stage, lambda s: repeat(s, runs, lambda: faults.rank_freeze(s).stepping_again_s))
+    return [_row("rank-freeze", "stormjib", seen)]
+
+
+def node_cut(stage: Stage, runs: int) -> list[Row]:
+    """A member's node is cut and healed, again and again on one job."""
+    seen = run_job(stage, lambda s: repeat(s, runs, lambda: faults.node_cut(s).stepping_again_s))
+    return [_row("node-cut", "stormjib", seen)]
+
+
+def coordinator_cut(stage: Stage, runs: int) -> list[Row]:
+    """The coordinator's node is cut and healed; what counts is when the next one knows every agent."""
+    seen = run_job(stage, lambda s: repeat(s, runs, lambda: faults.coordinator_cut(s)[1]))
+    return [Row.of("agents_registered_s", "coordinator-cut", "stormjib", seen, "s")]
+
+
+CASES: dict[str, Callable[[Stage, int], list[Row]]] = {
+    "rank-kill": rank_kill,
+    "rank-freeze": rank_freeze,
+    "node-cut": node_cut,
+    "coordinator-cut": coordinator_cut,
+}
+
+
+def _row(case: str, subject: str, values: list[float]) -> Row:
+    return Row.of("stepping_again_s", case, subject, values, "s")
+
+
+def repeat(scene: Scene, runs: int, fault: Callable[[], float]) -> list[float]:
+    """The same fault several times on one job, each when every agent is ready again and steps were made."""
+    values = []
+    for _ in range(runs):
+        values.append(fault())
+        latest = scene.follower.latest
+        scene.follower.wait_step((latest.step if latest else 0) + 10, 90)
+        wait_until(lambda: ready_agents(scene) >= 3, 90, "three agents ready again", every=1)
+    return values
+
+
+def run_job(
+    stage: Stage, measure: Callable[[Scene], list[float]], sample: str = "tiny-llama.yaml"
+) -> list[float]:
+    """Apply a sample that would train for long, measure once it steps, delete it."""
+    job = stage.apply_sample(sample, NAMESPACE, _endless)
+    scene = Scene(stage, Follower(stage.cluster.kubeconfig, NAMESPACE, job), NAMESPACE, job)
+    try:
+        scene.follower.wait_step(15, 120)
+        values = measure(scene)
+        say(f"{sample}: {', '.join(f'{v:.2f}' for v in values)} s")
+        return values
+    finally:
+        scene.follower.close()
+        gone = f"stormjib.io/job={job}"
+        stage.kubectl("delete", "trainingjob", job, "-n", NAMESPACE)
+        # Not the leave in order that a plain deletion is: the next run shall have the machine for itself at once.
+        stage.kubectl("delete", "pods", "-n", NAMESPACE, "-l", gone, "--force", "--grace-period=0")
+        stage.kubectl("delete", "pvc", "--all", "-n", NAMESPACE)
+        wait_until(
+            lambda: not stage.get("pods", "-n", NAMESPACE, "-l", gone)["items"], 90, "the pods to be gone"
+        )
+
+
+def _endless(job: dict[str, Any]) -> None:
+    job["spec"]["launcher"].setdefault("args", []).extend(["--set", "train.steps=100000"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""What the demo leaves behind: a table on the terminal, `report.json`, and the loss curve with the faults marked."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from bench.follow import Step
+
+
+@dataclass
+class FaultRecord:
+    """One injected fault. Seconds count from the moment of the fault; a generation is text such as `1.3`."""
+
+    kind: str
+    at_step: int
+    detected_s: float | None
+    stepping_again_s: float
+    lost_steps: int
+    generation: str
+
+
+@dataclass
+class Report:
+    """The figures of one demo run, in the order of `report.json`."""
+
+    steps: int = 0
+    loss_first: float = 0.0
+    loss_last: float = 0.0
+    val_nats_per_byte: float = 0.0
+    goodput: float = 0.0
+    samples_missing: int = -1
+    samples_twice: int = -1
+    torchrun_rank_kill_s: float | None = None
+    coordinator_registered_s: float | None = None
+    fork_to_collective_s: float | None = None
+    idle_core_percent: float | None = None
+    rss_mb: dict[str, float] = field(default_factory=dict)
+    faults: list[FaultRecord] = field(default_factory=list)
+
+    def write(self, path: Path) -> None:
+        """Write `report.json`."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+
+@dataclass(frozen=True)
+class Promise:
+    """One bound and what was seen. `ok` is None where the run has no figure for it, which counts as broken."""
+
+    name: str
+    seen: float | None
+    bound: float
+    unit: str
+
+    @property
+    def ok(self) -> bool:
+        """Whether the promise was kept."""
+        return self.seen is not None and self.seen <= self.bound
+
+
+# A single run may take twice the median that `bench/recovery.py` holds it to.
+SINGLE_RUN = 2.0
+STEPPING_AGAIN_S = {"rank-kill": 1.5, "rank-freeze": 4.0, "node-cut": 6.0}
+
+
+def promises(report: Report, interval: int) -> list[Promise]:
+    """Every promise that the demo can check, with what this run showed."""
+    found = []
+    for fault in report.faults:
+        bound = STEPPING_AGAIN_S.get(fault.kind)
+        if bound is not None:
+            found.append(
+                Promise(f"{fault.kind}: stepping again", fault.stepping_again_s, bound * SINGLE_RUN, "s")
+            )
+        allowed = 0 if fault.kind in ("operator-kill", "coordinator-cut") else interval + 1
+        found.append(Promise(f"{fault.kind}: steps lost", fault.lost_steps, allowed, "steps"))
+    kill = next((f.stepping_again_s for f in report.faults if f.kind == "rank-kill"), None)
+    if report.torchrun_rank_kill_s is not None:
+        found.append(
+            Promise("rank-kill, against torchrun's", kill, report.torchrun_rank_kill_s / 2 * SINGLE_RUN, "s")
+        )
+    found += [
+        Promise(
+            "samples lost", report.samples_missing if report.samples_missing >= 0 else None, 0, "samples"
+        ),
+        Promise("samples twice", report.samples_twice if report.samples_twice >= 0 else None, 0, "samples"),
+        Promise("validation loss", report.val_nats_per_byte or None, 2.5, "nats/byte"),
+        Promise("coordinator back, agents registered", report.coordinator_registered_s, 10 * SINGLE_RUN, "s"),
+        Promise("fork to first collective", report.fork_to_collective_s, 0.15 * SINGLE_RUN, "s"),
+        Promise("idle cost", report.idle_core_percent, 3 * SINGLE_RUN, "% of a core"),
+    ]
+    for name, bound in (("operator", 90), ("coordinator", 60), ("agent", 60)):
+        found.append(Promise(f"memory of the {name}", report.rss_mb.get(name), bound, "MB"))
+    return found
+
+
+def promise_table(found: Sequence[Promise]) -> Table:
+    """The promises as a table for the terminal."""
+    table = Table(title="Promises", title_justify="left")
+    for column in ("promise", "seen", "bound", ""):
+        table.add_column(column, justify="left" if column in ("promise", "") else "right")
+    for p in found:
+        seen = "-" if p.seen is None else f"{p.seen:.3g}"
+        table.add_row(
+            p.name, f"{seen} {p.unit}", f"≤ {p.bound:.3g}", "[green]kept" if p.ok else "[red]broken"
+        )
+    return table
+
+
+def fault_table(faults: Sequence[FaultRecord]) -> Table:
+    """The injected faults as a timeline."""
+    table = Table(title="Faults", title_justify="left")
+    for column in ("fault", "at step", "decided after", "stepping again", "steps lost", "generation"):
+        table.add_column(column, justify="left" if column == "fault" else "right")
+    for f in faults:
+        decided = "-" if f.detected_s is None else f"{f.detected_s:.2f} s"
+        again = f"{f.stepping_again_s:.2f} s"
+        table.add_row(f.kind, str(f.at_step), decided, again, str(f.lost_steps), f.generation)
+    return table
+
+
+def draw_curve(steps: Sequence[Step], faults: Sequence[tuple[float, str]], path: Path) -> None:
+    """The loss over wall time as PNG; each fault, (seconds since the epoch, kind), is a marked line."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    start = steps[0].at
+    figure, axes = plt.subplots(figsize=(10, 4.5), layout="constrained")
+    axes.plot([s.at - start for s in steps], [s.loss for s in steps], color="#1f6f8b", linewidth=1)
+    top = max(s.loss for s in steps)
+    for at, kind in faults:
+        axes.axvline(at - start, color="#c0392b", linewidth=0.8, linestyle="--")
+        axes.text(at - start, top, f" {kind}", rotation=90, va="top", ha="right", fontsize=8, color="#c0392b")
+    axes.set_xlabel("seconds of training")
+    axes.set_ylabel("loss, nats per byte")
+    axes.set_title("Loss through the faults")
+    axes.grid(alpha=0.25)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

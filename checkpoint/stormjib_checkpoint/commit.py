@@ -1,0 +1,294 @@
+"""Committing a step: rank files in, `atoms.json`, ledger and `MANIFEST.json` out. No collective, no barrier.
+
+Whoever commits needs nothing but the storage: the first member's checkpoint child, rank 0 of a plain script, the next
+generation that finishes what its parent left, or a person. All write the same bytes, so any of them may repeat it.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from stormjib_checkpoint import layout
+from stormjib_checkpoint.boxes import flaw
+from stormjib_checkpoint.errors import (
+    AlreadyThere,
+    FormatError,
+    Incomplete,
+    Inconsistent,
+    NotThere,
+    StepPassed,
+)
+from stormjib_checkpoint.format import (
+    MAX_SMALL_FILE,
+    Atom,
+    AtomsFile,
+    GenerationFile,
+    Manifest,
+    RankFile,
+    ResumePoint,
+)
+from stormjib_checkpoint.history import read_generation, saves
+from stormjib_checkpoint.layout import GenerationId
+from stormjib_checkpoint.ledger import Samples, segment
+from stormjib_checkpoint.records import decode, encode, sha256
+from stormjib_checkpoint.step import CommittedStep
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from stormjib_checkpoint.storage import Storage
+
+WAIT_S = 60.0
+"""How long a committer waits for the slowest rank before it gives the step up; training goes on meanwhile."""
+POLL_S = 0.02
+
+
+def commit_step(storage: Storage, generation: str, world: int, step: int) -> ResumePoint:
+    """Commit a step that all ranks have left. Repeating it is harmless. Raises Incomplete, Inconsistent, StepPassed."""
+    own = GenerationId.parse(generation)
+    record = read_generation(storage, own)
+    done = _own_steps(storage, own)
+    if step in done:
+        return secured(storage, ResumePoint(step, generation, sha256(_manifest(storage, step, own))))
+    before = _step_before(record, done, step)
+    ranks, raw = _read_ranks(storage, step, own, world)
+    _check_equal(ranks, layout.folder(step, own))
+    files = raw | _index(storage, step, own, ranks)
+    ledger = segment(_samples(storage, own, ranks, before), before, step)
+    if ledger is not None:
+        _create(storage, layout.ledger_file(own, ledger[0].first, ledger[0].last), ledger[1])
+    data = {layout.rank_data(r.rank): r.data.bytes for r in ranks}
+    manifest = encode(
+        Manifest(step, own, record.job_uid, world, files, data, ledger[0] if ledger is not None else None)
+    )
+    _create(storage, layout.manifest(step, own), manifest)
+    return ResumePoint(step, generation, sha256(manifest))
+
+
+def commit_when_complete(
+    storage: Storage, generation: str, world: int, step: int, wait_s: float = WAIT_S
+) -> ResumePoint:
+    """As `commit_step`, for rank 0 of a script without an agent: waits for the other ranks' files."""
+    pending = Pending(storage, step, generation, world)
+    deadline = time.monotonic() + wait_s
+    while not pending.ready():
+        if time.monotonic() > deadline:
+            raise pending.incomplete()
+        time.sleep(POLL_S)  # a file on shared storage announces itself to nobody
+    return commit_step(storage, generation, world, step)
+
+
+def secured(storage: Storage, point: ResumePoint) -> ResumePoint:
+    """Prove a committed step's small files and make it durable: whoever committed it may have died before its sync.
+
+    Raises MissingCheckpoint, DamagedCheckpoint.
+    """
+    CommittedStep(storage, point).check()
+    owner = GenerationId.parse(point.generation)
+    _create(storage, layout.manifest(point.step, owner), _manifest(storage, point.step, owner))
+    return point
+
+
+def _manifest(storage: Storage, step: int, generation: GenerationId) -> bytes:
+    return storage.read(layout.manifest(step, generation), MAX_SMALL_FILE)
+
+
+class Pending:
+    """A step whose rank files are still coming. Asking again costs one look per rank that is still missing."""
+
+    def __init__(self, storage: Storage, step: int, generation: str, world: int) -> None:
+        self.step = step
+        self.generation = GenerationId.parse(generation)
+        self.world = world
+        self._storage = storage
+        self._place = layout.folder(step, self.generation)
+        self._missing = [layout.rank_json(rank) for rank in range(world)]
+
+    def ready(self) -> bool:
+        """Whether every rank has left its part. Looked up by name, because a listing may lag."""
+        self._missing = [name for name in self._missing if not self._is_there(name)]
+        return not self._missing
+
+    def incomplete(self) -> Incomplete:
+        """The error that names whom we are waiting for."""
+        return Incomplete(self._place, self._missing)
+
+    def _is_there(self, name: str) -> bool:
+        try:
+            with self._storage.open(f"{self._place}/{name}"):
+                return True
+        except NotThere:
+            return False
+
+
+def finish(storage: Storage, generation: GenerationId) -> list[str]:
+    """Commit the steps that a generation left complete but uncommitted, oldest first. Returns why some could not be."""
+    record = read_generation(storage, generation)
+    done = _own_steps(storage, generation)
+    above = max([record.resume.step if record.resume is not None else -1, *done])
+    given_up: list[str] = []
+    for step in [s for s, g in saves(storage) if g == generation and s > above]:
+        try:
+            commit_step(storage, str(generation), _world(storage, step, generation), step)
+        except (Incomplete, Inconsistent, StepPassed) as error:
+            given_up.append(str(error))
+    return given_up
+
+
+def _own_steps(storage: Storage, generation: GenerationId) -> set[int]:
+    return {
+        step
+        for step, owner in saves(storage)
+        if owner == generation and layout.MANIFEST in storage.names(layout.folder(step, owner))
+    }
+
+
+def _step_before(record: GenerationFile, done: Iterable[int], step: int) -> int:
+    """The step that the ledger of `step` begins after. Steps are committed in order, so that segments never overlap."""
+    newest = max([record.resume.step if record.resume is not None else -1, *done])
+    if step <= newest:
+        raise StepPassed(
+            f"step {step} of {record.generation} is given up: step {newest} is committed already"
+        )
+    return newest
+
+
+def _read_ranks(
+    storage: Storage, step: int, generation: GenerationId, world: int
+) -> tuple[list[RankFile], dict[str, str]]:
+    """All rank records, read by name because a listing may lag, and their digests."""
+    place = layout.folder(step, generation)
+    ranks: list[RankFile] = []
+    digests: dict[str, str] = {}
+    missing: list[str] = []
+    for rank in range(world):
+        name = layout.rank_json(rank)
+        try:
+            data = storage.read(f"{place}/{name}", MAX_SMALL_FILE)
+        except NotThere:
+            missing.append(name)
+            continue
+        ranks.append(_rank_record(data, f"{place}/{name}", (step, generation, rank, world)))
+        digests[name] = sha256(data)
+    if missing:
+        raise Incomplete(place, missing)
+    return ranks, digests
+
+
+def _rank_record(data: bytes, path: str, expected: tuple[int, GenerationId, int, int]) -> RankFile:
+    try:
+        record = decode(RankFile, data, path)
+    except FormatError as error:
+        raise Inconsistent(str(error)) from error
+    if (record.step, record.generation, record.rank, record.world) != expected:
+        raise Inconsistent(
+            f"{path} is of step {record.step}, generation {record.generation}, rank {record.rank} of {record.world}"
+        )
+    return record
+
+
+def _check_equal(ranks: Sequence[RankFile], place: str) -> None:
+    first = ranks[0]
+    for record in ranks[1:]:
+        if record.attempt != first.attempt:
+            raise Inconsistent(
+                f"{place}: rank {record.rank} wrote in attempt {record.attempt!r}, rank 0 in {first.attempt!r}; "
+                "ranks were restarted in between, so the parts do not belong together"
+            )
+        for key in record.scalars.keys() | first.scalars.keys():
+            if (
+                key not in first.scalars
+                or key not in record.scalars
+                or record.scalars[key] != first.scalars[key]
+            ):
+                raise Inconsistent(f"{place}: {key} differs between rank 0 and rank {record.rank}")
+
+
+def _index(
+    storage: Storage, step: int, generation: GenerationId, ranks: Sequence[RankFile]
+) -> dict[str, str]:
+    """Check data files and tiling, write `atoms.json`; digests of it and of `train.json`."""
+    place = layout.folder(step, generation)
+    for record in ranks:
+        _check_data(storage, f"{place}/{layout.rank_data(record.rank)}", record.data.bytes)
+    atoms = encode(AtomsFile(step, generation, merge(ranks, place), ranks[0].scalars))
+    _create(storage, f"{place}/{layout.ATOMS}", atoms)
+    try:
+        train = storage.read(f"{place}/{layout.TRAIN}", MAX_SMALL_FILE)
+    except NotThere as error:
+        raise Incomplete(place, [layout.TRAIN]) from error
+    return {layout.ATOMS: sha256(atoms), layout.TRAIN: sha256(train)}
+
+
+def _check_data(storage: Storage, path: str, size: int) -> None:
+    try:
+        with storage.open(path) as file:
+            found = file.size
+    except NotThere as error:
+        raise Inconsistent(f"{path} is missing although its record is there") from error
+    if found != size:
+        raise Inconsistent(f"{path} has {found} bytes; its record says {size}")
+
+
+def merge(ranks: Iterable[RankFile], place: str) -> dict[str, Atom]:
+    """The atoms of all ranks, each tiled exactly once. Pure. Raises Inconsistent."""
+    merged: dict[str, Atom] = {}
+    for record in ranks:
+        for name, atom in record.atoms.items():
+            known = merged.setdefault(name, Atom(atom.dtype, atom.shape, ()))
+            if (known.dtype, known.shape) != (atom.dtype, atom.shape):
+                raise Inconsistent(
+                    f"{place}: rank {record.rank} has {name} as {atom.dtype} {list(atom.shape)}, "
+                    f"another rank as {known.dtype} {list(known.shape)}"
+                )
+            merged[name] = Atom(known.dtype, known.shape, known.boxes + atom.boxes)
+    for name, atom in merged.items():
+        why = flaw(atom.shape, [stored.box for stored in atom.boxes])
+        if why is not None:
+            raise Inconsistent(f"{place}: the ranks do not hold {name} exactly once: {why}")
+    return merged
+
+
+def _samples(
+    storage: Storage, generation: GenerationId, ranks: Sequence[RankFile], before: int
+) -> list[Samples]:
+    """What each rank fed since the last committed step, also what it told in steps that never got committed."""
+    step = ranks[0].step
+    given_up = [s for s, g in saves(storage) if g == generation and before < s < step]
+    return [_merged_samples(storage, generation, record, given_up) for record in ranks]
+
+
+def _merged_samples(
+    storage: Storage, generation: GenerationId, record: RankFile, given_up: Iterable[int]
+) -> Samples:
+    merged: dict[int, Sequence[int]] = {}
+    for step in given_up:
+        path = f"{layout.folder(step, generation)}/{layout.rank_json(record.rank)}"
+        try:
+            data = storage.read(path, MAX_SMALL_FILE)
+        except NotThere:
+            continue
+        merged |= _rank_record(data, path, (step, generation, record.rank, record.world)).samples
+    return merged | record.samples
+
+
+def _world(storage: Storage, step: int, generation: GenerationId) -> int:
+    """The world size of an uncommitted step, by any rank's word for it."""
+    place = layout.folder(step, generation)
+    for name in storage.names(place):
+        if layout.parse_rank(name) is not None:
+            try:
+                return decode(RankFile, storage.read(f"{place}/{name}", MAX_SMALL_FILE), name).world
+            except FormatError as error:
+                raise Inconsistent(f"{place}/{error}") from error
+    raise Incomplete(place, [layout.rank_json(0)])
+
+
+def _create(storage: Storage, path: str, data: bytes) -> None:
+    """Create, or find the same bytes there: another committer, or ourselves before a crash."""
+    try:
+        storage.create(path, [data])
+    except AlreadyThere as error:
+        if storage.read(path, MAX_SMALL_FILE) != data:
+            raise Inconsistent(f"{path} is there with other content; it is left as it is") from error

@@ -1,0 +1,115 @@
+"""Every call to the file system that the library makes, as one port: tests put a failing or a forgetful one in its place."""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import Protocol
+
+FILE_MODE = 0o640
+FOLDER_MODE = 0o750
+
+# Linux: rename without replacing, for file systems that have no hard links.
+_RENAME_NOREPLACE = 1
+_AT_FDCWD = -100
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS)
+
+
+class Files(Protocol):
+    """The file system, one method per call that can fail or be cut. All raise OSError."""
+
+    def open_new(self, path: str) -> int: ...
+    def open_to_read(self, path: str) -> int: ...
+    def write(self, descriptor: int, data: memoryview) -> int: ...
+    def read_into(self, descriptor: int, buffer: memoryview, offset: int) -> int: ...
+    def size(self, descriptor: int) -> int: ...
+    def sync(self, descriptor: int) -> None: ...
+    def close(self, descriptor: int) -> None: ...
+    def link(self, source: str, target: str) -> None: ...
+    def same(self, one: str, other: str) -> bool: ...
+    def unlink(self, path: str) -> None: ...
+    def mkdir(self, path: str) -> None: ...
+    def rmdir(self, path: str) -> None: ...
+    def is_folder(self, path: str) -> bool: ...
+    def same_volume(self, one: str, other: str) -> bool: ...
+    def names(self, path: str) -> list[str]: ...
+    def sync_folder(self, path: str) -> None: ...
+
+
+class Posix:
+    """The real one."""
+
+    def open_new(self, path: str) -> int:
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE)
+
+    def open_to_read(self, path: str) -> int:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def write(self, descriptor: int, data: memoryview) -> int:
+        return os.write(descriptor, data)
+
+    def read_into(self, descriptor: int, buffer: memoryview, offset: int) -> int:
+        return os.preadv(descriptor, [buffer], offset)
+
+    def size(self, descriptor: int) -> int:
+        return os.fstat(descriptor).st_size
+
+    def sync(self, descriptor: int) -> None:
+        os.fsync(descriptor)
+
+    def close(self, descriptor: int) -> None:
+        os.close(descriptor)
+
+    def link(self, source: str, target: str) -> None:
+        """Give `source` the name `target` too, or instead; never replaces. Raises FileExistsError."""
+        try:
+            os.link(source, target)
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            _rename_no_replace(source, target)
+
+    def same(self, one: str, other: str) -> bool:
+        try:
+            return os.path.samefile(one, other)
+        except FileNotFoundError:
+            return False
+
+    def unlink(self, path: str) -> None:
+        os.unlink(path)
+
+    def mkdir(self, path: str) -> None:
+        os.mkdir(path, FOLDER_MODE)
+
+    def rmdir(self, path: str) -> None:
+        os.rmdir(path)
+
+    def is_folder(self, path: str) -> bool:
+        return os.path.isdir(path)
+
+    def same_volume(self, one: str, other: str) -> bool:
+        return os.stat(one).st_dev == os.stat(other).st_dev
+
+    def names(self, path: str) -> list[str]:
+        return os.listdir(path)
+
+    def sync_folder(self, path: str) -> None:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        # Some network file systems know no sync of a folder: their names are durable at once, or never.
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+                raise
+        finally:
+            os.close(descriptor)
+
+
+def _rename_no_replace(source: str, target: str) -> None:
+    import ctypes  # here, because hardly any volume needs it and an image may lack libffi
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    done = libc.renameat2(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), _RENAME_NOREPLACE)
+    if done != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), source, None, target)

@@ -1,0 +1,201 @@
+"""The files of a checkpoint as records (FORMAT.md says the same in words), with what must hold inside each one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import prod
+from typing import TYPE_CHECKING, NamedTuple
+
+from stormjib_checkpoint.boxes import Box, intersect, whole
+from stormjib_checkpoint.layout import GenerationId
+from stormjib_checkpoint.records import Json  # noqa: TC001 - records are built from their annotations
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+PIECE_BYTES = 16 * 1024 * 1024
+"""A rank's data file is hashed in pieces of this size, so that a damaged place can be named and read alone."""
+
+MAX_SMALL_FILE = 256 * 1024 * 1024
+"""No record is longer; a longer one is refused before it is read."""
+
+ITEM_BYTES: Mapping[str, int] = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1,
+    "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
+    "U32": 4, "I32": 4, "F32": 4,
+    "U64": 8, "I64": 8, "F64": 8, "C64": 8,
+}  # fmt: skip
+"""Bytes of an element by type tag; the tags are those of safetensors."""
+
+
+class ResumePoint(NamedTuple):
+    """A committed step: which one, the generation that wrote it (`2.7`), and the SHA-256 of its manifest."""
+
+    step: int
+    generation: str
+    digest: str
+
+
+@dataclass(frozen=True)
+class StoredBox:
+    """A box of an atom and where its bytes (row-major, little-endian) lie in the data file of `rank`."""
+
+    rank: int
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def box(self) -> Box:
+        return Box(self.offset, self.shape)
+
+
+@dataclass(frozen=True)
+class Atom:
+    """A whole tensor, unsharded: its type, its shape, and the boxes that hold it."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    boxes: tuple[StoredBox, ...]
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ITEM_BYTES:
+            raise ValueError(f"unknown dtype {self.dtype[:40]!r}")
+        for stored in self.boxes:
+            self._check(stored)
+
+    def _check(self, stored: StoredBox) -> None:
+        if not len(stored.offset) == len(stored.shape) == len(self.shape):
+            raise ValueError(f"a box of {len(stored.shape)} dimensions in an atom of {len(self.shape)}")
+        if intersect(stored.box, whole(self.shape)) != stored.box:
+            raise ValueError(
+                f"a box at {list(stored.offset)} reaches outside shape {list(self.shape)}, or is empty"
+            )
+        if stored.end - stored.start != stored.box.volume * ITEM_BYTES[self.dtype]:
+            raise ValueError(
+                f"bytes {stored.start} to {stored.end} do not hold a box of shape {list(stored.shape)}"
+            )
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * ITEM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """A rank's tensors: length of the file and xxh3_64 (16 hexadecimal digits) of each piece of it."""
+
+    bytes: int
+    piece_bytes: int
+    pieces: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if not 0 < self.piece_bytes <= 2**30:
+            raise ValueError(f"pieces of {self.piece_bytes} bytes")
+        if len(self.pieces) != -(-self.bytes // self.piece_bytes):
+            raise ValueError(
+                f"{len(self.pieces)} pieces of {self.piece_bytes} bytes for a file of {self.bytes}"
+            )
+
+
+@dataclass(frozen=True)
+class RankFile:
+    """`rank-k.json`: what one rank left. `atoms` names all it held; boxes only where its copy is the primary one."""
+
+    step: int
+    generation: GenerationId
+    rank: int
+    world: int
+    attempt: str
+    data: DataFile
+    atoms: dict[str, Atom]
+    scalars: dict[str, Json]
+    samples: dict[int, tuple[int, ...]]
+
+    def __post_init__(self) -> None:
+        if self.rank >= self.world:
+            raise ValueError(f"rank {self.rank} of {self.world}")
+        for name, atom in self.atoms.items():
+            if any(stored.rank != self.rank or stored.end > self.data.bytes for stored in atom.boxes):
+                raise ValueError(f"atom {name[:200]!r} has a box outside this rank's file")
+
+
+@dataclass(frozen=True)
+class AtomsFile:
+    """`atoms.json`: the index of a step, in one coordinate system for all ranks."""
+
+    step: int
+    generation: GenerationId
+    atoms: dict[str, Atom]
+    scalars: dict[str, Json]
+
+
+@dataclass(frozen=True)
+class TrainFile:
+    """`train.json`: what the trainer needs besides tensors (step, cursor, schedule, seed), as it gave it."""
+
+    step: int
+    generation: GenerationId
+    train: dict[str, Json]
+
+
+@dataclass(frozen=True)
+class LedgerRef:
+    """The ledger segment that a manifest vouches for: `ledger/gG/FIRST-LAST.jsonl`."""
+
+    first: int
+    last: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`MANIFEST.json`: written last; a step exists when it does. Holds nothing but what the other files say."""
+
+    step: int
+    generation: GenerationId
+    job_uid: str
+    world: int
+    files: dict[str, str]
+    """Name of each small file beside it -> SHA-256."""
+    data: dict[str, int]
+    """Name of each data file beside it -> bytes."""
+    ledger: LedgerRef | None
+
+
+@dataclass(frozen=True)
+class DoubtFile:
+    """`doubts/g2.7.json`: why a generation has ended itself: its numbers were wrong from some step on."""
+
+    generation: GenerationId
+    step: int
+    """In which it was seen."""
+    trusted: int
+    """The newest step whose state is not in doubt."""
+    numbers: dict[str, Json]
+    """What the trainer wants to compare with when the steps are done again, as it gave it."""
+
+
+@dataclass(frozen=True)
+class GenerationFile:
+    """`generations/gG.json`: whose child a generation is and where it began."""
+
+    generation: GenerationId
+    parent: GenerationId | None
+    job_uid: str
+    resume: ResumePoint | None
+
+    def __post_init__(self) -> None:
+        if self.parent is not None and self.parent >= self.generation:
+            raise ValueError(f"parent {self.parent} is not below {self.generation}")
+        if self.resume is not None and not GenerationId.parse(self.resume.generation) < self.generation:
+            raise ValueError(f"resumes from {self.resume.generation}, which is not below {self.generation}")
+
+
+@dataclass(frozen=True)
+class LedgerLine:
+    """One step of a ledger segment: the sample ids that each rank fed to the model, by rank."""
+
+    step: int
+    ranks: tuple[tuple[int, ...], ...] = field(default=())

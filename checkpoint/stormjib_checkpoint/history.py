@@ -1,0 +1,166 @@
+"""Which generations were, which of their steps exist, and how a new generation is opened.
+
+The rule (FORMAT.md §3): a generation's history is its own committed steps, then those of the generation that it
+resumed from up to the resume point, and so on. Only steps in the history of the highest generation exist; what a
+zombie of an older generation goes on committing is in nobody's history.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from stormjib_checkpoint import layout
+from stormjib_checkpoint.errors import (
+    AlreadyThere,
+    DamagedCheckpoint,
+    FormatError,
+    GenerationExists,
+    NotThere,
+    Superseded,
+    UnknownGeneration,
+)
+from stormjib_checkpoint.format import MAX_SMALL_FILE, GenerationFile, ResumePoint
+from stormjib_checkpoint.layout import GenerationId
+from stormjib_checkpoint.records import decode, encode, sha256
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator, Mapping
+
+    from stormjib_checkpoint.storage import Storage
+
+
+class Span(NamedTuple):
+    """The steps that one generation gives to a history: above `above`, up to `upto` (None: no end)."""
+
+    generation: GenerationId
+    above: int
+    upto: int | None
+
+    def holds(self, step: int) -> bool:
+        return step > self.above and (self.upto is None or step <= self.upto)
+
+
+def spans(records: Mapping[GenerationId, GenerationFile], head: GenerationId) -> list[Span]:
+    """The history of `head`, newest part first. Pure. Raises DamagedCheckpoint where a record is missing."""
+    found: list[Span] = []
+    generation, upto = head, None
+    while True:
+        record = records.get(generation)
+        if record is None:
+            path = layout.generation_file(generation)
+            raise DamagedCheckpoint(
+                f"{path} is missing, and {head} descends from it. Restore it from a backup."
+            )
+        above = record.resume.step if record.resume is not None else -1
+        found.append(Span(generation, above, upto))
+        if record.resume is None:
+            return found
+        generation, upto = GenerationId.parse(record.resume.generation), record.resume.step
+
+
+def generations(storage: Storage) -> list[GenerationId]:
+    """All generations that were opened on this storage, lowest first."""
+    names = storage.names(layout.GENERATIONS)
+    ids = (layout.parse_generation(name) for name in names if name.endswith(".json"))
+    return sorted(generation for generation in ids if generation is not None)
+
+
+def highest(storage: Storage) -> GenerationFile | None:
+    """The record of the highest generation; None on a fresh storage."""
+    known = generations(storage)
+    return read_generation(storage, known[-1]) if known else None
+
+
+def read_generation(storage: Storage, generation: GenerationId) -> GenerationFile:
+    """One generation's record. Raises UnknownGeneration, DamagedCheckpoint."""
+    path = layout.generation_file(generation)
+    try:
+        record = decode(GenerationFile, storage.read(path, MAX_SMALL_FILE), path)
+    except NotThere as error:
+        raise UnknownGeneration(f"generation {generation} was never opened: {path} is not there") from error
+    except FormatError as error:
+        raise DamagedCheckpoint(f"{error}. Restore {path} from a backup.") from error
+    if record.generation != generation:
+        raise DamagedCheckpoint(f"{path} is the record of {record.generation}. Restore it from a backup.")
+    return record
+
+
+def history(storage: Storage, head: GenerationId) -> list[Span]:
+    """The spans of `head`'s history, newest first, reading only the records that it descends from."""
+    records: dict[GenerationId, GenerationFile] = {}
+    generation: GenerationId | None = head
+    while generation is not None and generation not in records:
+        try:
+            records[generation] = read_generation(storage, generation)
+        except UnknownGeneration:
+            break
+        resume = records[generation].resume
+        generation = GenerationId.parse(resume.generation) if resume is not None else None
+    return spans(records, head)
+
+
+def saves(storage: Storage) -> Iterator[tuple[int, GenerationId]]:
+    """Every (step, generation) that left a folder, committed or not, lowest first."""
+    steps = (layout.parse_step(name) for name in storage.names(""))
+    for step in sorted(step for step in steps if step is not None):
+        found = (layout.parse_generation(name) for name in storage.names(layout.step_folder(step)))
+        for generation in sorted(generation for generation in found if generation is not None):
+            yield step, generation
+
+
+def committed(storage: Storage, head: GenerationId | None = None) -> list[ResumePoint]:
+    """The committed steps in the history of `head` (default: the highest generation), newest first."""
+    if head is None:
+        known = generations(storage)
+        if not known:
+            return []
+        head = known[-1]
+    parts = history(storage, head)
+    points = [
+        manifest_point(storage, step, generation)
+        for step, generation in saves(storage)
+        if any(part.generation == generation and part.holds(step) for part in parts)
+    ]
+    return sorted((point for point in points if point is not None), reverse=True)
+
+
+def manifest_point(storage: Storage, step: int, generation: GenerationId) -> ResumePoint | None:
+    """The resume point of one generation's save of one step; None where it is not committed."""
+    try:
+        data = storage.read(layout.manifest(step, generation), MAX_SMALL_FILE)
+    except NotThere:
+        return None
+    return ResumePoint(step, str(generation), sha256(data))
+
+
+def newest(storage: Storage) -> ResumePoint | None:
+    """The newest committed step in the history of the highest generation."""
+    found = committed(storage)
+    return found[0] if found else None
+
+
+def write_generation(storage: Storage, record: GenerationFile) -> None:
+    """Open a generation for good. Raises GenerationExists, Superseded."""
+    refuse_superseded(storage, record.generation)
+    try:
+        storage.create(layout.generation_file(record.generation), [encode(record)])
+    except AlreadyThere as error:
+        raise GenerationExists(
+            f"generation {record.generation} was opened before on this storage; take the next number"
+        ) from error
+    # Another opener may have come between the look and the write: the lower one of the two gives way.
+    refuse_superseded(storage, record.generation)
+
+
+def refuse_superseded(storage: Storage, generation: GenerationId) -> None:
+    """Raise Superseded where a higher generation exists."""
+    known = generations(storage)
+    if known and known[-1] > generation:
+        raise Superseded(
+            f"generation {known[-1]} exists on this storage; {generation} must stop and delete nothing"
+        )
+
+
+def usable(points: Collection[ResumePoint], refused: Collection[str]) -> list[ResumePoint]:
+    """The points that nobody has refused to load, order kept."""
+    return [point for point in points if point.digest not in refused]

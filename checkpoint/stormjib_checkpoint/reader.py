@@ -1,0 +1,175 @@
+"""Loading a committed step on any number of ranks: by boxes, in place, every byte proved before it counts.
+
+All refusals that the index can show (missing or extra names, shapes, types) come before the first byte is filled.
+"""
+
+from __future__ import annotations
+
+import difflib
+from itertools import groupby
+from operator import attrgetter
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+import torch
+
+from stormjib_checkpoint.boxes import runs
+from stormjib_checkpoint.errors import (
+    DamagedCheckpoint,
+    NotThere,
+    StateMismatch,
+)
+from stormjib_checkpoint.format import ITEM_BYTES, Atom, DataFile
+from stormjib_checkpoint.pieces import piece_digest
+from stormjib_checkpoint.step import CommittedStep
+from stormjib_checkpoint.tensors import Held, Value, held, is_direct, memory
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
+
+    from stormjib_checkpoint.records import Json
+    from stormjib_checkpoint.storage import Opened, Storage
+
+T = TypeVar("T")
+
+
+def load(
+    storage: Storage, resume: tuple[int, str, str], state: MutableMapping[str, Value]
+) -> dict[str, Json]:
+    """Fill `state` from the step `resume` (step, generation, digest of its manifest); returns what `train` was.
+
+    Tensors and DTensors are filled in place, whatever world size saved them; scalars are replaced in the mapping.
+    Names must be the same on both sides. Raises MissingCheckpoint, DamagedCheckpoint, StateMismatch, StorageError.
+    """
+    checkpoint = Checkpoint(storage, resume)
+    checkpoint.fill(state)
+    return checkpoint.train
+
+
+class Checkpoint:
+    """A committed step whose small files are proved; `fill` reads tensors from it."""
+
+    def __init__(self, storage: Storage, resume: tuple[int, str, str]) -> None:
+        self._storage = storage
+        self._step = CommittedStep(storage, resume)
+        index = self._step.atoms()
+        self.atoms: Mapping[str, Atom] = index.atoms
+        self.scalars: Mapping[str, Json] = index.scalars
+        self.train: dict[str, Json] = self._step.train().train
+
+    def fill(self, state: MutableMapping[str, Value]) -> None:
+        """Fill the tensors of `state` in place and replace its scalars. Raises LoadError, StorageError."""
+        self.fill_parts(self._matched(state))
+        state.update(self.scalars)
+
+    def fill_parts(self, parts: Sequence[Held]) -> None:
+        """As `fill`, for boxes that the caller has cut itself, of atoms that are known to fit."""
+        targets = [_Target(part) for part in parts if part.box.volume]
+        copies = [copy for target in targets for copy in target.copies(self.atoms[target.part.name])]
+        copies.sort(key=attrgetter("rank", "start"))
+        for rank, of_rank in groupby(copies, key=attrgetter("rank")):
+            self._read_rank(rank, list(of_rank))
+        for target in targets:
+            target.finish()
+
+    def _matched(self, state: Mapping[str, Value]) -> list[Held]:
+        tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+        _same_names(tensors.keys(), self.atoms.keys(), "tensor")
+        _same_names(state.keys() - tensors.keys(), self.scalars.keys(), "scalar")
+        parts = [held(name, value, rank=0, world=1) for name, value in sorted(tensors.items())]
+        for part in parts:
+            atom = self.atoms[part.name]
+            if (part.dtype, part.shape) != (atom.dtype, atom.shape):
+                raise StateMismatch(
+                    f"{part.name} is {atom.dtype} {list(atom.shape)} in the checkpoint, "
+                    f"{part.dtype} {list(part.shape)} in the state to fill"
+                )
+        return parts
+
+    def _read_rank(self, rank: int, copies: list[_Copy]) -> None:
+        path = self._step.data_path(rank)
+        data = self._step.rank(rank).data
+        try:
+            with self._storage.open(path) as file:
+                if file.size != data.bytes:
+                    raise DamagedCheckpoint(f"{path} has {file.size} bytes; {data.bytes} were written")
+                self._read_pieces(file, rank, data, copies)
+        except NotThere as error:
+            raise self._step.lost(path) from error
+
+    def _read_pieces(self, file: Opened, rank: int, data: DataFile, copies: list[_Copy]) -> None:
+        buffer = memoryview(bytearray(min(data.piece_bytes, data.bytes)))
+        for index, cuts in groupby(_cut(copies, data.piece_bytes), key=lambda cut: cut[0]):
+            start = index * data.piece_bytes
+            piece = buffer[: min(data.piece_bytes, data.bytes - start)]
+            if file.read_into(start, piece) != len(piece) or piece_digest(piece) != data.pieces[index]:
+                raise DamagedCheckpoint(
+                    f"{self._step.data_path(rank)}: bytes {start} to {start + len(piece)} are not those that were written; "
+                    f"they hold {self._names(rank, start, start + len(piece))}"
+                )
+            for _, copy in cuts:
+                copy.target[copy.into : copy.into + copy.length] = piece[copy.start - start :][: copy.length]
+
+    def _names(self, rank: int, start: int, end: int) -> str:
+        found = sorted(
+            name
+            for name, atom in self.atoms.items()
+            for box in atom.boxes
+            if box.rank == rank and box.start < end and box.end > start
+        )
+        return (
+            ", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "") or "the header"
+        )
+
+
+class _Copy(NamedTuple):
+    """`length` bytes from `start` of a rank's file, to `into` of a target's memory."""
+
+    rank: int
+    start: int
+    length: int
+    into: int
+    target: memoryview
+
+
+class _Target:
+    """The local memory that one tensor is filled through: its own where that is contiguous on the CPU."""
+
+    def __init__(self, part: Held) -> None:
+        self.part = part
+        self._staging = (
+            part.local if is_direct(part.local) else torch.empty(part.box.shape, dtype=part.local.dtype)
+        )
+        self._memory = memory(self._staging)
+
+    def copies(self, atom: Atom) -> Iterator[_Copy]:
+        size = ITEM_BYTES[atom.dtype]
+        for stored in atom.boxes:
+            for run in runs(stored.box, self.part.box):
+                start = stored.start + run.source * size
+                yield _Copy(stored.rank, start, run.length * size, run.target * size, self._memory)
+
+    def finish(self) -> None:
+        if self._staging is not self.part.local:
+            self.part.local.copy_(self._staging)
+
+
+def _cut(copies: Iterable[_Copy], piece_bytes: int) -> Iterator[tuple[int, _Copy]]:
+    """Each copy cut at the borders of pieces, with the piece it lies in; copies come in order and do not overlap."""
+    for copy in copies:
+        at, end = copy.start, copy.start + copy.length
+        while at < end:
+            piece = at // piece_bytes
+            upto = min(end, (piece + 1) * piece_bytes)
+            yield piece, _Copy(copy.rank, at, upto - at, copy.into + at - copy.start, copy.target)
+            at = upto
+
+
+def _same_names(wanted: Collection[str], there: Collection[str], what: str) -> None:
+    for name in sorted(set(wanted) - set(there)):
+        near = difflib.get_close_matches(name, there, n=1)
+        hint = f"; the nearest there is {near[0]}" if near else ""
+        raise StateMismatch(f"{what} {name} is not in the checkpoint{hint}")
+    for name in sorted(set(there) - set(wanted)):
+        near = difflib.get_close_matches(name, wanted, n=1)
+        hint = f"; the nearest there is {near[0]}" if near else ""
+        raise StateMismatch(f"{what} {name} of the checkpoint is not in the state to fill{hint}")

@@ -1,0 +1,82 @@
+"""Which saves to delete (pure), and deleting them so that a crash never leaves half a committed step.
+
+Never deleted: the step that the current generation resumed from, the last `keep_last` (at least two) committed steps
+of its history, what may still become a commit, and the ledger. Nothing at all once a higher generation exists.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from stormjib_checkpoint import layout
+from stormjib_checkpoint.errors import Superseded
+from stormjib_checkpoint.history import (
+    committed,
+    read_generation,
+    refuse_superseded,
+    saves,
+)
+from stormjib_checkpoint.layout import GenerationId
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from stormjib_checkpoint.format import GenerationFile
+    from stormjib_checkpoint.storage import Storage
+
+KEEP_AT_LEAST = 2
+"""One good step is no fall-back."""
+
+
+@dataclass(frozen=True)
+class Save:
+    """One generation's folder of one step."""
+
+    step: int
+    generation: GenerationId
+
+
+def plan(every: Iterable[Save], good: Iterable[Save], record: GenerationFile, keep_last: int) -> list[Save]:
+    """The saves to delete, oldest first. `good`: committed in the history of `record`'s generation. Pure."""
+    newest_first = sorted(good, key=lambda save: save.step, reverse=True)
+    own = [save.step for save in newest_first if save.generation == record.generation]
+    if not own:
+        return []  # until it has committed a step itself, a new generation judges nobody's files
+    keep = set(newest_first[: max(keep_last, KEEP_AT_LEAST)])
+    if record.resume is not None:
+        keep.add(Save(record.resume.step, GenerationId.parse(record.resume.generation)))
+    return [
+        save
+        for save in sorted(every, key=lambda save: (save.step, save.generation))
+        if save not in keep
+        and save.generation <= record.generation
+        and not (save.generation == record.generation and save.step > own[0])
+    ]
+
+
+def retain(storage: Storage, generation: str, keep_last: int) -> list[str]:
+    """Delete what `plan` says, one save after the other; the folders deleted. Deletes nothing where superseded."""
+    own = GenerationId.parse(generation)
+    good = [Save(p.step, GenerationId.parse(p.generation)) for p in committed(storage, own)]
+    every = [Save(*save) for save in saves(storage)]
+    deleted: list[str] = []
+    for save in plan(every, good, read_generation(storage, own), keep_last):
+        try:
+            refuse_superseded(storage, own)
+        except Superseded:
+            break
+        delete(storage, save)
+        deleted.append(layout.folder(save.step, save.generation))
+    return deleted
+
+
+def delete(storage: Storage, save: Save) -> None:
+    """Delete one save: its manifest first and durably, so that it is never a committed step with parts missing."""
+    folder = layout.folder(save.step, save.generation)
+    names = storage.names(folder)
+    if layout.MANIFEST in names:
+        storage.remove(folder, [layout.MANIFEST])
+    storage.remove(folder, [name for name in names if name != layout.MANIFEST])
+    storage.remove_folder(folder)
+    storage.remove_folder(layout.step_folder(save.step))

@@ -1,0 +1,106 @@
+"""A committed step, its small files proved by digest: what can be known of it without reading tensors."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeVar
+
+from stormjib_checkpoint import layout
+from stormjib_checkpoint.errors import DamagedCheckpoint, FormatError, MissingCheckpoint, NotThere
+from stormjib_checkpoint.format import MAX_SMALL_FILE, AtomsFile, Manifest, RankFile, TrainFile
+from stormjib_checkpoint.layout import GenerationId
+from stormjib_checkpoint.records import decode, sha256
+
+if TYPE_CHECKING:
+    from stormjib_checkpoint.storage import Storage
+
+T = TypeVar("T", AtomsFile, RankFile, TrainFile)
+
+
+class CommittedStep:
+    """The step of a resume point (step, generation, digest of its manifest), whose manifest is proved at once."""
+
+    def __init__(self, storage: Storage, resume: tuple[int, str, str]) -> None:
+        self._storage = storage
+        self._resume = resume
+        self.manifest = self._read_manifest()
+        self.folder = layout.folder(self.manifest.step, self.manifest.generation)
+
+    def atoms(self) -> AtomsFile:
+        """What the step holds. Raises DamagedCheckpoint."""
+        return self._record(AtomsFile, layout.ATOMS)
+
+    def train(self) -> TrainFile:
+        """What the trainer needs besides tensors. Raises DamagedCheckpoint."""
+        return self._record(TrainFile, layout.TRAIN)
+
+    def rank(self, rank: int) -> RankFile:
+        """What one rank left, with the checksums of its data file. Raises DamagedCheckpoint."""
+        return self._record(RankFile, layout.rank_json(rank))
+
+    def data_path(self, rank: int) -> str:
+        """Path of a rank's data file."""
+        return f"{self.folder}/{layout.rank_data(rank)}"
+
+    def lost(self, path: str) -> DamagedCheckpoint | MissingCheckpoint:
+        """Why a file is not there: the whole step was deleted (its manifest goes first), or this file is lost."""
+        try:
+            self._read_manifest()
+        except MissingCheckpoint as error:
+            return error
+        return DamagedCheckpoint(f"{path} is missing although the step is committed")
+
+    def check(self) -> None:
+        """Prove all that can be proved without reading tensors: digests of small files, sizes of data files."""
+        for name in self.manifest.files:
+            self._read(name)
+        for name, size in self.manifest.data.items():
+            path = f"{self.folder}/{name}"
+            try:
+                with self._storage.open(path) as file:
+                    found = file.size
+            except NotThere as error:
+                raise self.lost(path) from error
+            if found != size:
+                raise DamagedCheckpoint(f"{path} has {found} bytes; {size} were written")
+
+    def _read_manifest(self) -> Manifest:
+        step, generation, digest = self._resume[0], GenerationId.parse(self._resume[1]), self._resume[2]
+        path = layout.manifest(step, generation)
+        try:
+            data = self._storage.read(path, MAX_SMALL_FILE)
+        except NotThere as error:
+            raise MissingCheckpoint(
+                f"{path} is not there: step {step} of {generation} is not committed"
+            ) from error
+        if sha256(data) != digest:
+            raise DamagedCheckpoint(
+                f"{path} has SHA-256 {sha256(data)}, not {digest}: it was altered or replaced"
+            )
+        try:
+            manifest = decode(Manifest, data, path)
+        except FormatError as error:
+            raise DamagedCheckpoint(str(error)) from error
+        if (manifest.step, manifest.generation) != (step, generation):
+            raise DamagedCheckpoint(f"{path} is that of step {manifest.step} of {manifest.generation}")
+        return manifest
+
+    def _read(self, name: str) -> bytes:
+        path = f"{self.folder}/{name}"
+        try:
+            data = self._storage.read(path, MAX_SMALL_FILE)
+        except NotThere as error:
+            raise self.lost(path) from error
+        if sha256(data) != self.manifest.files.get(name):
+            raise DamagedCheckpoint(
+                f"{path} does not have the SHA-256 that the manifest says: altered or replaced"
+            )
+        return data
+
+    def _record(self, kind: type[T], name: str) -> T:
+        try:
+            record = decode(kind, self._read(name), f"{self.folder}/{name}")
+        except FormatError as error:
+            raise DamagedCheckpoint(str(error)) from error
+        if (record.step, record.generation) != (self.manifest.step, self.manifest.generation):
+            raise DamagedCheckpoint(f"{self.folder}/{name} is of step {record.step} of {record.generation}")
+        return record

@@ -1,0 +1,258 @@
+"""Where checkpoints lie: one small protocol, and the local file system behind it.
+
+Every write is create-only and durable when it returns: a temporary name, fsync of the file, link() to the final name
+(which never replaces), fsync of the folder and of every new folder up to the root. All operations of the file system
+go through `Files`, so that tests can fail or cut each one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Protocol
+
+from stormjib_checkpoint.errors import (
+    AlreadyThere,
+    NotThere,
+    StorageDenied,
+    StorageError,
+    StorageFull,
+    StorageReadOnly,
+)
+from stormjib_checkpoint.files import Files, Posix
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+Chunk = bytes | memoryview
+
+
+class Opened(Protocol):
+    """A file opened for ranged reads."""
+
+    @property
+    def size(self) -> int: ...
+
+    def read_into(self, offset: int, buffer: memoryview) -> int:
+        """Fill `buffer` from `offset` on; returns how many bytes there were before the end of the file."""
+
+
+class Storage(Protocol):
+    """What the library needs of a store. Paths are relative, with `/`, and come from `layout` only."""
+
+    def create(self, path: str, chunks: Iterable[Chunk]) -> None:
+        """Write a new file, durable on return. Raises AlreadyThere where the name is taken, and changes nothing."""
+
+    def read(self, path: str, limit: int) -> bytes:
+        """The whole of a small file. Raises NotThere; raises StorageError above `limit` bytes."""
+
+    def open(self, path: str) -> contextlib.AbstractContextManager[Opened]:
+        """A file for ranged reads. Raises NotThere."""
+
+    def names(self, folder: str) -> list[str]:
+        """Sorted names in a folder, none where it does not exist; unfinished writes are left out."""
+
+    def remove(self, folder: str, names: Iterable[str]) -> None:
+        """Delete files of one folder, durable on return; a name that is gone already is fine."""
+
+    def remove_folder(self, folder: str) -> None:
+        """Delete a folder with what unfinished writes left in it; it stays where it holds anything else.
+
+        Not synced: an empty folder that comes back means nothing.
+        """
+
+
+class _LocalFile:
+    def __init__(self, files: Files, descriptor: int, path: str) -> None:
+        self._files = files
+        self._descriptor = descriptor
+        self._path = path
+        self.size = files.size(descriptor)
+
+    def read_into(self, offset: int, buffer: memoryview) -> int:
+        done = 0
+        with _typed(self._path):
+            while done < len(buffer):
+                count = self._files.read_into(self._descriptor, buffer[done:], offset + done)
+                if count == 0:
+                    break
+                done += count
+        return done
+
+
+class Local:
+    """A folder of a file system that every rank and committer of the job sees."""
+
+    def __init__(self, root: str | os.PathLike[str], files: Files | None = None) -> None:
+        self.root = os.path.abspath(os.fspath(root))
+        self._files: Files = files if files is not None else Posix()
+        self._durable: set[str] = set()
+
+    def create(self, path: str, chunks: Iterable[Chunk]) -> None:
+        target = self._at(path)
+        folder, name = os.path.split(target)
+        temporary = f"{folder}/.{name}.{secrets.token_hex(8)}"
+        with _typed(target):
+            self._ensure(folder)
+            try:
+                self._write(temporary, chunks)
+                self._publish(temporary, target)
+            except FileExistsError:
+                # Whoever took the name may have died before this sync, and our caller may build on the file.
+                self._discard(temporary)
+                self._files.sync_folder(folder)
+                raise
+            except BaseException:
+                self._discard(temporary)
+                raise
+            self._discard(temporary)
+            self._files.sync_folder(folder)
+
+    def read(self, path: str, limit: int) -> bytes:
+        with self.open(path) as file:
+            if file.size > limit:
+                raise StorageError(
+                    self._at(path),
+                    f"{file.size} bytes; at most {limit} are read",
+                    "It is not a file of ours.",
+                )
+            data = bytearray(file.size)
+            return bytes(memoryview(data)[: file.read_into(0, memoryview(data))])
+
+    @contextlib.contextmanager
+    def open(self, path: str) -> Iterator[Opened]:
+        target = self._at(path)
+        with _typed(target):
+            descriptor = self._files.open_to_read(target)
+        try:
+            yield _LocalFile(self._files, descriptor, target)
+        finally:
+            self._files.close(descriptor)
+
+    def names(self, folder: str) -> list[str]:
+        target = self._at(folder) if folder else self.root
+        with _typed(target):
+            try:
+                return sorted(name for name in self._files.names(target) if not name.startswith("."))
+            except (FileNotFoundError, NotADirectoryError):
+                return []
+
+    def remove(self, folder: str, names: Iterable[str]) -> None:
+        target = self._at(folder)
+        with _typed(target):
+            for name in names:
+                with contextlib.suppress(FileNotFoundError):
+                    self._files.unlink(f"{target}/{name}")
+            with contextlib.suppress(FileNotFoundError):
+                self._files.sync_folder(target)
+
+    def remove_folder(self, folder: str) -> None:
+        target = self._at(folder)
+        self._durable.discard(target)
+        with _typed(target), contextlib.suppress(FileNotFoundError):
+            for name in self._files.names(target):
+                if name.startswith("."):
+                    with contextlib.suppress(FileNotFoundError):
+                        self._files.unlink(f"{target}/{name}")
+            try:
+                self._files.rmdir(target)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+
+    def _at(self, path: str) -> str:
+        if not path or any(part in ("", ".", "..") or "\0" in part for part in path.split("/")):
+            raise ValueError(f"{path!r} is no path below a root")
+        return f"{self.root}/{path}"
+
+    def _ensure(self, folder: str) -> None:
+        """Make the folder, and make it last: each `Local` syncs every folder that it uses once, up to the volume's.
+
+        A folder that is there already may have been made by a process that died before its sync, so being there is
+        not enough.
+        """
+        if folder in self._durable:
+            return
+        if folder == self.root:
+            self._ensure_root()
+        else:
+            parent = os.path.dirname(folder)
+            self._ensure(parent)
+            self._make(folder)
+            self._files.sync_folder(parent)
+        self._durable.add(folder)
+
+    def _ensure_root(self) -> None:
+        above = [str(path) for path in PurePosixPath(self.root).parents]
+        for folder in (*reversed(above), self.root):
+            self._make(folder)
+        for parent, folder in zip(above, (self.root, *above), strict=False):
+            if not self._files.same_volume(parent, folder):
+                break
+            with contextlib.suppress(PermissionError):  # then it is not ours, and no name in it is
+                self._files.sync_folder(parent)
+
+    def _make(self, folder: str) -> None:
+        if not self._files.is_folder(folder):
+            with contextlib.suppress(FileExistsError):
+                self._files.mkdir(folder)
+
+    def _discard(self, temporary: str) -> None:
+        with contextlib.suppress(OSError):
+            self._files.unlink(temporary)
+
+    def _write(self, temporary: str, chunks: Iterable[Chunk]) -> None:
+        descriptor = self._files.open_new(temporary)
+        try:
+            for chunk in chunks:
+                rest = memoryview(chunk).cast("B")
+                while rest:
+                    rest = rest[self._files.write(descriptor, rest) :]
+            self._files.sync(descriptor)
+        finally:
+            self._files.close(descriptor)
+
+    def _publish(self, temporary: str, target: str) -> None:
+        try:
+            self._files.link(temporary, target)
+        except FileExistsError:
+            # NFS repeats a request whose answer was lost: then the name that is taken is our own file.
+            if not self._files.same(temporary, target):
+                raise
+
+
+@contextlib.contextmanager
+def _typed(path: str) -> Iterator[None]:
+    """An OSError as an error of ours that names the path and the fix."""
+    try:
+        yield
+    except OSError as error:
+        raise _error(path, error) from error
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def _error(path: str, error: OSError) -> StorageError:
+    problem = os.strerror(error.errno) if error.errno else str(error)
+    if error.errno in _FULL:
+        return StorageFull(
+            path, problem, "Free space, enlarge the volume or quota, or keep fewer checkpoints."
+        )
+    if error.errno == errno.EROFS:
+        return StorageReadOnly(
+            path, problem, "Mount the volume read-write, or name another checkpoint folder."
+        )
+    if error.errno in (errno.EACCES, errno.EPERM):
+        fix = f"Let uid {os.getuid()} write there (volume ownership or fsGroup), or name another checkpoint folder."
+        return StorageDenied(path, problem, fix)
+    if error.errno == errno.ENOENT:
+        return NotThere(path, problem, "It was deleted, or never written.")
+    if error.errno == errno.EEXIST:
+        return AlreadyThere(
+            path, "the name is taken", "It is never overwritten; take the next generation or step."
+        )
+    return StorageError(path, f"{problem} (errno {error.errno})", "Look at the health of the volume.")

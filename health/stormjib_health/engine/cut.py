@@ -1,0 +1,136 @@
+"""Verdicts on connections that stand, all ranks having entered the call: which link, or which node."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from stormjib_health.engine import corners, words
+from stormjib_health.engine.corners import Part
+from stormjib_health.engine.edges import cover
+from stormjib_health.wire import Evidence, Scope, Syndrome, Verdict
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from stormjib_health.engine.book import Book
+    from stormjib_health.engine.checks import Checks, Round
+    from stormjib_health.engine.edges import Bad
+    from stormjib_health.engine.graph import Standstill
+
+HANG = Syndrome.COMMUNICATION_HANG
+SWEEP = 16
+"""Pairs of slots to try where no connection shows anything."""
+
+
+class Cut:
+    """What a hang in the network is put down to, and the checks that make it sure. One a trouble."""
+
+    def __init__(self, book: Book, checks: Checks) -> None:
+        self._book = book
+        self._checks = checks
+        self._corners: corners.Corners | None = None
+        self._round: Round | None = None
+        self._sweep: Round | None = None
+
+    def of_bad(self, bad: Sequence[Bad], now: float, lasted_s: float) -> Verdict:
+        """The node that touches the bad connections, or the one link."""
+        slot_of = self._book.slot_of
+        pairs = [(slot_of[b.source], slot_of[b.target], 1.0) for b in bad]
+        apart = {(min(a, b), max(a, b)) for a, b, _ in pairs if a != b}
+        best, part, peers = cover([(a, b, 1.0) for a, b in apart])
+        rows = [_row(b) for b in bad]
+        if peers >= 2 and part >= self._book.limits.node_part:
+            sentence = f"slot {best} reaches none of {peers} others: nothing that it sends or is sent arrives"
+            return self._node(best, 0.9, sentence, rows, False, lasted_s)
+        if len(apart) > 1:
+            sentence = f"{len(apart)} links of the job stand and no single node explains them"
+            return words.verdict(
+                self._book,
+                HANG,
+                Scope.JOB,
+                (),
+                confidence=0.5,
+                sentence=sentence,
+                evidence=rows,
+                lasted_s=lasted_s,
+            )
+        return self._one(max(bad, key=lambda b: b.weight), rows, now, lasted_s)
+
+    def _one(self, bad: Bad, rows: list[Evidence], now: float, lasted_s: float) -> Verdict:
+        a, b = self._book.slot_of[bad.source], self._book.slot_of[bad.target]
+        quiet = [slot for slot in (a, b) if not self._heard(slot, now)]
+        if len(quiet) == 1:
+            sentence = f"nothing reaches slot {quiet[0]}, and its agent is silent"
+            return self._node(quiet[0], 0.8, sentence, rows, False, lasted_s)
+        outcome = self._four_corners(a, b, now)
+        if outcome and outcome.part in (Part.SENDER, Part.RECEIVER):
+            slot = a if outcome.part is Part.SENDER else b
+            sentence = f"no burst gets through {outcome.part.value} of slot {slot}, to whomever"
+            return self._node(slot, outcome.sure, sentence, rows, True, lasted_s)
+        sure, confirmed = 0.7, False
+        if outcome and outcome.part is Part.LINK:
+            sure, confirmed = outcome.sure, outcome.sure > 0.5
+        elif outcome and outcome.part is Part.NOTHING:
+            sure = 0.5
+        sentence = f"what rank {bad.source} sends to rank {bad.target} is not acknowledged; all ranks have entered the call"
+        return words.verdict(
+            self._book, HANG, Scope.LINK, (bad.source, bad.target), confidence=sure, confirmed=confirmed,
+            sentence=sentence, evidence=rows, lasted_s=lasted_s,
+        )  # fmt: skip
+
+    def _four_corners(self, a: int, b: int, now: float) -> corners.Outcome | None:
+        if self._round is None or self._corners is None:
+            healthy = [slot for slot in self._book.slots if self._heard(slot, now)]
+            self._corners = corners.choose(a, b, healthy)
+            self._round = self._checks.transfers(self._corners.pairs(), now)
+        if not self._round.over(now) or {a, b} != {self._corners.a, self._corners.b}:
+            return None
+        return corners.judge(self._corners, self._round.transfers(), self._book.limits)
+
+    def of_nothing(self, found: Standstill, now: float, lasted_s: float) -> Verdict | None:
+        """No connection shows anything: try the links of the group, then say that nobody is known. None: not yet."""
+        ranks = [rank.rank for rank in self._book.members(found.complete[0])] if found.complete else []
+        slots = self._book.slots_of(ranks)
+        if self._sweep is None and len(slots) > 1:
+            ring = list(zip(slots, (*slots[1:], slots[0]), strict=True))[:SWEEP]
+            self._sweep = self._checks.transfers(list(dict.fromkeys(ring)), now)
+        if self._sweep is not None and not self._sweep.over(now):
+            return None
+        failed = [
+            pair for pair, answer in (self._sweep.transfers() if self._sweep else {}).items() if not answer.ok
+        ]
+        return self._of_failed(failed, lasted_s) or self._unknown(found, lasted_s)
+
+    def _of_failed(self, failed: Sequence[tuple[int, int]], lasted_s: float) -> Verdict | None:
+        best, part, peers = cover([(a, b, 1.0) for a, b in failed])
+        if peers < 2 or part < self._book.limits.node_part:
+            return None
+        rows = [Evidence("burst", f"slot {a} -> slot {b}", "failed") for a, b in failed]
+        return self._node(
+            best, 0.8, f"bursts from and to slot {best} do not get through", rows, True, lasted_s
+        )
+
+    def _unknown(self, found: Standstill, lasted_s: float) -> Verdict:
+        group = self._book.name(found.complete[0]) if found.complete else "the job"
+        return words.verdict(
+            self._book, HANG, Scope.JOB, (), confidence=0.3, lasted_s=lasted_s,
+            sentence=f"every rank has entered the call of {group} and none comes out; no connection, process or check says why",
+            evidence=[Evidence("longest wait", "all", f"{found.longest:.2f} s")],
+        )  # fmt: skip
+
+    def _node(
+        self, slot: int, sure: float, sentence: str, rows: list[Evidence], confirmed: bool, lasted_s: float
+    ) -> Verdict:
+        return words.verdict(
+            self._book, HANG, Scope.NODE, (slot,), confidence=sure, confirmed=confirmed, sentence=sentence,
+            evidence=rows, lasted_s=lasted_s,
+        )  # fmt: skip
+
+    def _heard(self, slot: int, now: float) -> bool:
+        return any(self._book.fresh(rank, now) for rank in self._book.slots[slot].ranks.values())
+
+
+def _row(bad: Bad) -> Evidence:
+    edge = bad.end.newest
+    value = f"{edge.unacked} unacknowledged, {edge.backoff} timeouts, last word {edge.last_ack_s:.1f} s ago"
+    return Evidence("in flight", words.arrow(bad.source, bad.target), value, "0 unacknowledged")

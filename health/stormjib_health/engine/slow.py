@@ -1,0 +1,223 @@
+"""R2: the job steps more slowly than it did. A rank that comes late, a connection, everything, or somebody else each time?"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from stormjib_health.engine import words
+from stormjib_health.engine.baseline import chance
+from stormjib_health.engine.corners import confirm_compute, took
+from stormjib_health.engine.links import Links
+from stormjib_health.wire import Evidence, Phase, Scope, Syndrome, Verdict
+
+if TYPE_CHECKING:
+    from collections import Counter
+    from collections.abc import Mapping, Sequence
+
+    from stormjib_health.engine.book import Book
+    from stormjib_health.engine.checks import Checks, Round
+    from stormjib_health.engine.edges import Edges
+    from stormjib_health.engine.late import Blame, Late
+    from stormjib_health.engine.pace import Pace
+
+SLOW = Syndrome.NON_COMMUNICATION_SLOW
+LOOK_BACK = 12
+"""Calls that are told apart by chance: more would not make it surer, because they are not independent."""
+
+
+class Slow:
+    """Explains a slowdown that the pace shows, once, and keeps to it until the slowdown ends."""
+
+    def __init__(self, book: Book, edges: Edges, pace: Pace, late: Late, checks: Checks) -> None:
+        self._book, self._edges, self._pace, self._late, self._checks = book, edges, pace, late, checks
+        self._clear()
+
+    def _clear(self) -> None:
+        self._links = Links(self._book, self._edges, self._pace, self._checks)
+        self._verdict: Verdict | None = None
+        self._round: Round | None = None
+        self._looked = -1
+
+    def look(self, now: float) -> Verdict | None:
+        """The verdict on the slowdown; None while there is none, or nothing explains it yet."""
+        pace = self._pace
+        if not pace.slow:
+            self._clear()
+            return None
+        if pace.calm:
+            return None  # it pauses, or is over before its cause was found: nothing is slow that could be explained now
+        if self._links.asking:
+            self._verdict = self._links.look(now) or self._verdict
+        elif self._open_question() and pace.steps_since >= self._book.limits.patience_steps:
+            self._verdict = self._explain(now) or self._verdict
+        note = self._verdict is None or self._verdict.scope is Scope.JOB
+        if note and pace.steps_since > self._book.limits.give_up_steps:
+            pace.give_up()
+        return self._updated(now)
+
+    def _open_question(self) -> bool:
+        """No verdict yet, or one of a rank that chance may still explain."""
+        said = self._verdict
+        return said is None or (said.syndrome is SLOW and said.confidence < self._book.limits.act_confidence)
+
+    def _explain(self, now: float) -> Verdict | None:
+        """A new look with each new step."""
+        if self._looked == self._pace.steps_since:
+            return None
+        self._looked = self._pace.steps_since
+        blame = self._late.blame(self._pace.since or 0.0, self._book.limits.late_least * self._pace.excess)
+        crowd = self._crowd(blame)
+        if self._inherited(blame, crowd):
+            return self._links.look(now)
+        if named := self._late_ranks(blame, crowd) or self._by_gap(blame, crowd):
+            self._ask(named[0], now)
+            return self._of_ranks(blame, *named, now)
+        if len(self._book.slots_of(crowd)) == 1:
+            return self._imbalance(blame, now)  # lateness explains it, and wants to be seen more often
+        return self._links.look(now) or self._by_nobody_else(blame, now)
+
+    # --- lateness ---
+
+    def _crowd(self, blame: Blame) -> list[int]:
+        """Ranks that are late by more than half of what the latest is; none where lateness explains too little."""
+        limits = self._book.limits
+        most = max(blame.late.values(), default=0.0)
+        if most <= 0 or most < limits.late_part * self._pace.excess:
+            return []
+        return sorted(rank for rank, late in blame.late.items() if late > most / limits.late_lead)
+
+    def _inherited(self, blame: Blame, crowd: Sequence[int]) -> bool:
+        """Late, but not by its own work, and its node's connections are hot: it waited in calls that are not timed."""
+        grown = any(blame.ratio(rank) >= self._book.limits.gap_ratio for rank in crowd)
+        slots = self._book.slots_of(crowd)
+        return len(slots) == 1 and not grown and self._links.accuse(slots[0])
+
+    def _late_ranks(self, blame: Blame, crowd: Sequence[int]) -> tuple[Sequence[int], float] | None:
+        slots = self._book.slots_of(crowd)
+        if len(slots) != 1:
+            return None
+        luck = self._luck(blame.last, crowd)
+        limits = self._book.limits
+        return None if luck > limits.hint_chance else (crowd, 0.8 if luck <= limits.late_chance else 0.5)
+
+    def _luck(self, counts: Mapping[int, Counter[int]], ranks: Sequence[int]) -> float:
+        """How likely the same one would be last so often in some group, were it drawn anew each step."""
+        return min((self._luck_in(key, last, ranks) for key, last in counts.items()), default=1.0)
+
+    def _luck_in(self, key: int, last: Counter[int], ranks: Sequence[int]) -> float:
+        limits = self._book.limits
+        calls = last.total()
+        hits = sum(last[rank] for rank in ranks)
+        of = min(calls, self._pace.steps_since, LOOK_BACK)
+        if of < limits.late_steps or hits < limits.late_share * calls:
+            return 1.0
+        choices = len(self._book.groups[key].ranks) / len(ranks)
+        return chance(int(of * hits / calls), of, max(2, round(choices)))
+
+    def _by_gap(self, blame: Blame, crowd: Sequence[int]) -> tuple[Sequence[int], float] | None:
+        """Among ranks that are late alike, the one whose own work has grown: pipelines."""
+        if len(crowd) < 2:
+            return None
+        order = sorted(crowd, key=lambda rank: blame.gap.get(rank, 0.0), reverse=True)
+        first, second = blame.gap.get(order[0], 0.0), blame.gap.get(order[1], 0.0)
+        limits = self._book.limits
+        grown = (
+            blame.ratio(order[0]) >= limits.gap_ratio
+            and self._luck(blame.grown, order[:1]) <= limits.late_chance
+        )
+        enough = first > limits.gap_part * self._pace.excess and first > limits.late_lead * max(0.0, second)
+        return ([order[0]], 0.6) if grown and enough else None
+
+    def _by_nobody_else(self, blame: Blame, now: float) -> Verdict | None:
+        """Connections say nothing either: own work where nobody is late, or somebody else each time."""
+        if not self._links.nothing:
+            return None
+        if not self._crowd(blame) and (named := self._by_gap(blame, sorted(blame.gap))):
+            self._ask(named[0], now)
+            return self._of_ranks(blame, *named, now)
+        return self._imbalance(blame, now)
+
+    def _imbalance(self, blame: Blame, now: float) -> Verdict | None:
+        limits, pace = self._book.limits, self._pace
+        share = max(
+            (last.most_common(1)[0][1] / last.total() for last in blame.last.values() if last), default=1.0
+        )
+        explained = blame.longest >= limits.late_part * pace.excess
+        if pace.steps_since < limits.rotating_steps or share >= limits.rotating_share or not explained:
+            return None
+        return words.verdict(
+            self._book, Syndrome.IMBALANCE, Scope.JOB, (), confidence=0.8, severity=pace.severity,
+            lasted_s=now - (pace.since or now),
+            sentence=f"steps last {pace.severity:.2f} times what they did, and another rank is last each time",
+            evidence=[Evidence("share of the most frequent last rank", "job", f"{share:.0%}", "75 % name a rank")],
+        )  # fmt: skip
+
+    # --- the verdict ---
+
+    def _of_ranks(self, blame: Blame, ranks: Sequence[int], sure: float, now: float) -> Verdict:
+        book, pace = self._book, self._pace
+        slots = book.slots_of(ranks)
+        node = len(slots) == 1 and len(ranks) > 1
+        each = max(blame.late.get(ranks[0], 0.0), blame.gap.get(ranks[0], 0.0))
+        sentence = (
+            f"{words.rank_list(ranks)} keeps the others waiting, by {words.milliseconds(each)} a step{self._why(ranks[0])}; "
+            f"steps last {pace.severity:.2f} times what they did"
+        )
+        return words.verdict(
+            book, SLOW, Scope.NODE if node else Scope.RANK, slots if node else tuple(ranks), confidence=sure,
+            severity=pace.severity, lasted_s=now - (pace.since or now), sentence=sentence,
+            evidence=self._rows(blame, ranks),
+        )  # fmt: skip
+
+    def _why(self, name: int) -> str:
+        rank = self._book.ranks[name]
+        if rank.throttled > 0.05:
+            return f" (its processor is refused {rank.throttled:.0%} of the time)"
+        return " (it waits for its data)" if rank.phase == Phase.DATA else ""
+
+    def _rows(self, blame: Blame, ranks: Sequence[int]) -> list[Evidence]:
+        others = [late for rank, late in blame.late.items() if rank not in ranks]
+        rows = [words_step(self._pace)]
+        for rank in ranks[:3]:
+            late = words.milliseconds(max(0.0, blame.late.get(rank, 0.0)))
+            rest = words.milliseconds(max(0.0, max(others, default=0.0)))
+            rows.append(Evidence("late a step", f"rank {rank}", late, rest))
+            rows.append(Evidence("own work", f"rank {rank}", f"{blame.ratio(rank):.2f}", "1 before"))
+        return rows
+
+    def _ask(self, ranks: Sequence[int], now: float) -> None:
+        """The fixed product on the suspect and on somebody of another slot."""
+        suspect = ranks[0]
+        slot_of = self._book.slot_of
+        other = next(
+            (rank for rank in slot_of if slot_of[rank] != slot_of[suspect] and rank not in ranks), None
+        )
+        if other is not None and self._round is None:
+            self._round = self._checks.computes([(rank, slot_of[rank]) for rank in (suspect, other)], now)
+
+    def _updated(self, now: float) -> Verdict | None:
+        if self._verdict is None:
+            return None
+        if self._round is not None and self._round.over(now):
+            self._verdict = self._confirmed(self._verdict, self._round)
+            self._round = None
+        return replace(self._verdict, severity=round(self._pace.severity, 3))
+
+    def _confirmed(self, verdict: Verdict, done: Round) -> Verdict:
+        answers = done.computes()
+        suspect, other = (answers.get(ask.rank) for ask in done.asks)
+        ratio = max(self._book.limits.compute_ratio, 1 + (verdict.severity - 1) / 2)
+        says = confirm_compute(suspect, other, ratio)
+        if says is None or suspect is None or other is None:
+            return verdict
+        row = Evidence("fixed product", f"rank {done.asks[0].rank}", words.milliseconds(took(suspect)), words.milliseconds(took(other)))  # fmt: skip
+        sure = 0.95 if says else min(0.6, verdict.confidence)
+        return replace(
+            verdict, confidence=sure, confirmed=says, evidence=(*verdict.evidence, row)[: words.ROWS]
+        )
+
+
+def words_step(pace: Pace) -> Evidence:
+    """Step time now and before."""
+    return Evidence("step", "job", words.milliseconds(pace.recent), words.milliseconds(pace.steps.centre))

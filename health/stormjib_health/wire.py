@@ -1,0 +1,430 @@
+"""The words of health: what a rank leaves behind, what an agent says of it, what the engine answers.
+
+A leaf: the standard library only, nothing of ours. Every record is frozen, and `stormjib_runtime.codec` is its outer form.
+Nothing here is a time of day or a point on somebody's clock: all times are ages and durations, measured on the clock of
+whoever saw both ends, because no rule may compare the clocks of two hosts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum, StrEnum
+
+# --- what a rank records --------------------------------------------------------------------------------------------
+
+
+class Kind(IntEnum):
+    """What was called on a process group. Names as torch's hooks give them; values are stored, so they never change."""
+
+    OTHER = 0
+    ALL_REDUCE = 1
+    ALL_GATHER = 2
+    REDUCE_SCATTER = 3
+    BROADCAST = 4
+    REDUCE = 5
+    GATHER = 6
+    SCATTER = 7
+    ALL_TO_ALL = 8
+    BARRIER = 9
+    SEND = 10
+    RECV = 11
+
+    @property
+    def point_to_point(self) -> bool:
+        """Between two ranks: counted apart from collectives, because healthy ranks differ in it."""
+        return self in (Kind.SEND, Kind.RECV)
+
+
+class Phase(IntEnum):
+    """What a rank is doing, beside its collectives. Values are stored, so they never change."""
+
+    UNKNOWN = 0
+    START = 1
+    STEP = 2
+    DATA = 3
+    FORWARD = 4
+    BACKWARD = 5
+    OPTIMIZER = 6
+    CHECKPOINT = 7
+    EVALUATION = 8
+    COMPILE = 9
+    END = 10
+
+    @property
+    def may_last(self) -> bool:
+        """Legally longer than any step: silence in it is no evidence."""
+        return self in (
+            Phase.START,
+            Phase.DATA,
+            Phase.CHECKPOINT,
+            Phase.EVALUATION,
+            Phase.COMPILE,
+            Phase.END,
+        )
+
+
+@dataclass(frozen=True)
+class Group:
+    """One process group. `key` is equal on all its ranks, and of no other group of the same generation."""
+
+    key: int
+    """48 bits of a hash of name, ranks and how many groups of that name and these ranks came before it."""
+    name: str
+    ranks: tuple[int, ...]
+    """Global ranks, in the order of the group."""
+
+
+# --- agent -> coordinator -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Call:
+    """Where one rank stands in one group."""
+
+    group: int
+    """`Group.key`."""
+    issued: int
+    """Collectives issued so far, the newest included; 0 for none."""
+    kind: int = 0
+    """`Kind` of the newest one."""
+    age_s: float = 0.0
+    """Since the newest one was issued."""
+    started: bool = True
+    """False where the device is known not to have started it (NCCL); Gloo starts at once."""
+    done: bool = False
+    """Known to be over: its end was taken, or its rank has gone on. False is "not known to be"."""
+    signature: int = 0
+    """CRC-32 of kind, dtype and elements of call number `signed`; 0 where none was read yet."""
+    signed: int = 0
+    sent: int = 0
+    """Point-to-point sends issued so far."""
+    received: int = 0
+    """Point-to-point receives issued so far."""
+    peer: int = -1
+    """Global rank of the newest point-to-point call's other side; -1 for none."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One call whose end was taken: the calls with which lateness is told."""
+
+    group: int
+    number: int
+    """Which collective of the group, counted from 1."""
+    wait_s: float
+    """From issue to end. Whoever comes last waits least."""
+    gap_s: float = 0.0
+    """From the rank's previous call, in any group, to this one: its own work."""
+
+
+@dataclass(frozen=True)
+class RankSample:
+    """One rank as its agent sees it now. Lists hold what is new or notable since the last accepted sample."""
+
+    rank: int
+    step: int = -1
+    """Last finished step; -1 before the first."""
+    step_age_s: float = 0.0
+    steps_s: tuple[float, ...] = ()
+    """Durations of the steps finished since the last sample, at most 8, the newest last."""
+    phase: int = 0
+    """`Phase`."""
+    phase_age_s: float = 0.0
+    process: str = "R"
+    """State letter of /proc/PID/stat; T is stopped, Z a zombie, D waits for a device, X is gone."""
+    process_age_s: float = 0.0
+    """Since when the letter is T, Z or D; 0 in any other state."""
+    idle_s: float = 0.0
+    """Since when the whole process has used less than 5 % of a core."""
+    wchan: str = ""
+    """Where in the kernel its main thread sleeps, as far as /proc tells."""
+    unread: int = 0
+    """Sockets whose received bytes it has not taken over the last three samples: it does not run."""
+    throttled_s: float = 0.0
+    """Time that its cgroup was refused the processor since the last sample."""
+    calls: tuple[Call, ...] = ()
+    timings: tuple[Timing, ...] = ()
+    lost: int = 0
+    """Records that were overwritten before they were read."""
+
+
+@dataclass(frozen=True)
+class Edge:
+    """One TCP connection of a rank, from the kernel's own books. Counts are since it was last told, `over_s` ago: healthy
+    ones of a large agent are told in turn."""
+
+    rank: int
+    """Who holds this end."""
+    local: str
+    """`address:port`, IPv6 in brackets; the other end reports the same pair the other way round."""
+    remote: str
+    sent: int = 0
+    """Bytes sent, repeated ones included."""
+    received: int = 0
+    retransmitted: int = 0
+    busy_s: float = 0.0
+    """Time with unacknowledged data in flight or waiting to be sent."""
+    rtt_s: float = 0.0
+    rto_s: float = 0.0
+    backoff: int = 0
+    """How often in a row the retransmission timer has expired."""
+    unacked: int = 0
+    """Segments in flight."""
+    last_ack_s: float = 0.0
+    unread: int = 0
+    """Bytes received that the rank has not taken."""
+    unsent: int = 0
+    """Bytes that the rank has written and the peer has not acknowledged."""
+    over_s: float = 0.0
+    """Time that the counts cover."""
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Where a rank's threads are, as faulthandler wrote it; at most 4 KiB. For a stopped process: state and wchan."""
+
+    rank: int
+    text: str
+
+
+class Doubt(IntEnum):
+    """What made a rank doubt a result. Values are stored, so they never change."""
+
+    NORM = 1  # one rank's gradient norm before mixing is far from the others'
+    NOT_FINITE = 2  # NaN or infinity in one rank's gradient before mixing
+    DIGEST = 3  # replicas of one shard differ; the minority is accused
+    SPIKE = 4  # loss or norm of all jumped; nobody is accused yet
+    REPLAY_DIFFERS = 5  # the same step gave other bits the second time: hardware
+    REPLAY_AGREES = 6  # the same step gave the same bits: data or program
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one rank found out about the numbers. Every rank of a vote says the same of the same step."""
+
+    rank: int
+    """Who says it."""
+    kind: int
+    """`Doubt`."""
+    step: int
+    accused: int = -1
+    """Global rank; -1 for nobody."""
+    value: float = 0.0
+    typical: float = 0.0
+    """Of the others, or of before."""
+    votes: int = 0
+    """DIGEST: replicas that agreed with each other against the accused."""
+
+
+class OnSpike(StrEnum):
+    """What follows a jump of loss or gradient norm that came again, bit for bit, when its step was done again."""
+
+    NOTIFY = "Notify"  # report it, and go on
+    SKIP = "Skip"  # leave this step's batch out
+    FAIL = "Fail"
+    REPLAY = "Replay"  # go back to a trusted checkpoint and see whether it comes again
+
+
+class OnRecurrence(StrEnum):
+    """What follows a jump that came again after going back."""
+
+    SKIP = "Skip"
+    FAIL = "Fail"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What one agent says of its ranks."""
+
+    protocol: int
+    job_uid: str
+    slot: int
+    agent: int
+    generation: str
+    """`2.7`; what is sampled of another generation is refused."""
+    number: int
+    """Of this agent's samples, growing."""
+    over_s: float
+    """Since the last accepted sample."""
+    ranks: tuple[RankSample, ...] = ()
+    edges: tuple[Edge, ...] = ()
+    """Connections of ranks, as far as they moved or are in trouble; at most 64, the worst first."""
+    groups: tuple[Group, ...] = ()
+    """Those that the coordinator has not acknowledged."""
+    stacks: tuple[Stack, ...] = ()
+    findings: tuple[Finding, ...] = ()
+    answers: tuple[Answer, ...] = ()
+    measures: str = ""
+    """`host:port` of this agent's measuring server; empty where it has none."""
+
+
+# --- coordinator -> agent -------------------------------------------------------------------------------------------
+
+
+class CheckKind(StrEnum):
+    """What an agent can measure when it is asked to."""
+
+    TRANSFER = "Transfer"  # bursts and pings from this slot to `peer`
+    COMPUTE = "Compute"  # a fixed matrix product with a hash of its result, in a child of the zygote
+
+
+@dataclass(frozen=True)
+class Check:
+    """One measurement that confirms or clears a suspicion."""
+
+    id: int
+    kind: CheckKind
+    peer: str = ""
+    """TRANSFER: `host:port` of the other agent's measuring server."""
+    rank: int = -1
+    """COMPUTE: whose device."""
+    limit_s: float = 1.0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a check found. `ok` is False where it could not be done, and `text` says why."""
+
+    id: int
+    ok: bool
+    seconds: float = 0.0
+    """TRANSFER: for the bursts; COMPUTE: for the product, by the clock."""
+    cpu_s: float = 0.0
+    """COMPUTE on a CPU: processor time of the product, which neighbours on a shared core lengthen less."""
+    bytes: int = 0
+    rtt_s: float = 0.0
+    """Median of the pings."""
+    digest: str = ""
+    """COMPUTE: of the result's bits."""
+    versions: str = ""
+    """COMPUTE: device and libraries; digests are compared between equal ones only."""
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class Wish:
+    """The answer to a sample: what the coordinator wants of this agent."""
+
+    interval_s: float = 0.2
+    """Between two samples while nothing is suspicious."""
+    groups: bool = False
+    """Send all groups again: this coordinator does not know them."""
+    stacks: tuple[int, ...] = ()
+    """Ranks whose stacks are wanted."""
+    checks: tuple[Check, ...] = ()
+
+
+# --- what the engine finds ------------------------------------------------------------------------------------------
+
+
+class Syndrome(StrEnum):
+    """C4's four (arXiv 2406.04594), the crash, corruption, and what is nobody's hardware."""
+
+    CRASH = "Crash"
+    COMMUNICATION_HANG = "CommunicationHang"
+    NON_COMMUNICATION_HANG = "NonCommunicationHang"
+    COMMUNICATION_SLOW = "CommunicationSlow"
+    NON_COMMUNICATION_SLOW = "NonCommunicationSlow"
+    CORRUPTION = "Corruption"
+    DESYNC = "Desync"  # ranks call different things: the program's fault, never a node's
+    CONGESTION = "Congestion"  # slow everywhere
+    IMBALANCE = "Imbalance"  # slow somewhere else each step
+
+
+class Scope(StrEnum):
+    """What `Verdict.culprits` are."""
+
+    RANK = "Rank"  # culprits: ranks
+    LINK = "Link"  # culprits: two ranks, sender first
+    NODE = "Node"  # culprits: slots
+    JOB = "Job"  # nobody: no culprits
+
+
+SURE = 0.6
+"""A verdict with less confidence is for reading only, and may be taken back by its own checks."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One finding. Immutable; a later look at the same trouble gives a new one with the same `id`."""
+
+    id: int
+    """Of the trouble, growing within a generation."""
+    syndrome: Syndrome
+    scope: Scope
+    culprits: tuple[int, ...] = ()
+    slots: tuple[int, ...] = ()
+    """Slots of the culprits; a link has two."""
+    confidence: float = 0.0
+    """0 to 1, records and tests of this job together; never by itself a reason to isolate a node."""
+    confirmed: bool = False
+    """A check, or the kernel's own word (process state), says the same."""
+    software: bool = False
+    """The program's fault: no node is to be blamed, whatever the rest says."""
+    severity: float = 1.0
+    """Slow syndromes: step time now over step time before."""
+    lasted_s: float = 0.0
+    """From the first sign to the verdict."""
+    sentence: str = ""
+    """For people: `rank 5 issued 1,204 collectives of default_pg, the others 1,205; its process is stopped`."""
+    evidence: tuple[Evidence, ...] = ()
+    stack: str = ""
+    generation: str = ""
+    """`2.7`; the coordinator writes it."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """One row of the table under the sentence."""
+
+    name: str
+    """Such as `issued`, `wait ms`, `backoff`."""
+    who: str
+    """Such as `rank 5` or `rank 2 -> rank 1`."""
+    value: str
+    others: str = ""
+    """The same of the others, or of before."""
+
+
+class Action(StrEnum):
+    """What can be done about a verdict, from the mildest on."""
+
+    NOTE = "Note"  # say it, and go on
+    RESTART = "Restart"  # the next generation, same members
+    REPLACE = (
+        "Replace"  # without the culprit's pod: a spare takes its rank, the operator makes another elsewhere
+    )
+    ISOLATE = "Isolate"  # as Replace, and ask that the node be taken out for everybody
+    SHRINK = "Shrink"  # without the culprit's pod, on fewer nodes; no spare is spent
+    ROLL_BACK = "RollBack"  # restart from the checkpoint before the newest
+    FAIL = "Fail"  # end the job
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One line of policy. Lists that are empty match anything."""
+
+    action: Action
+    syndromes: tuple[Syndrome, ...] = ()
+    scopes: tuple[Scope, ...] = ()
+    confirmed: bool = False
+    """Only verdicts that a check, or the kernel's own word, confirmed."""
+    severity: float = 0.0
+    """Only where a step takes at least so many times what it took before."""
+    strikes: int = 0
+    """Only if at least so many verdicts have named this node in this job, this one included."""
+
+
+@dataclass(frozen=True)
+class Accusation:
+    """A job asks that a node be isolated. The operator finds the node by its own records of slot and pod, and weighs it."""
+
+    id: int
+    """Growing within an incarnation of the coordinator."""
+    generation: str
+    """`2.7`: in which the verdict was found."""
+    slot: int
+    pod_uid: str
+    verdict: Verdict
+    weight: float
+    """At most 0.9."""

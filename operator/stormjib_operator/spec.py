@@ -1,0 +1,263 @@
+"""What the user wants, as typed models: the fields, bounds, defaults and rules of a TrainingJob's spec.
+
+`crd.py` makes the schema of the CustomResourceDefinition from these models, so that what the API server checks and what
+the operator reads cannot differ. The text under a field is what `kubectl explain` shows: full sentences, for a user.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+from pydantic import ConfigDict, Field
+
+from stormjib_health.wire import Action, OnRecurrence, OnSpike, Scope, Syndrome
+from stormjib_operator.fields import MAX_NODES, MAX_SPARES, Model, Name, Word, list_type, rule, rules
+from stormjib_operator.template import Template
+
+
+class LauncherKind(StrEnum):
+    """Who starts the ranks."""
+
+    STORMJIB = "Stormjib"
+    TORCHRUN = "Torchrun"
+
+
+class Launcher(Model):
+    """What each node runs, and how many processes of it."""
+
+    kind: LauncherKind = LauncherKind.STORMJIB
+    """Who starts the ranks. Stormjib forks them from a process that has torch imported already, so that a restart
+    takes a fraction of a second. Torchrun runs stock torchrun, and works with any script unchanged."""
+    processes_per_node: Annotated[int, Field(ge=1, le=64)] = 1
+    """How many ranks run on each node; usually one for each GPU."""
+    command: Annotated[
+        tuple[Word, ...], Field(min_length=1, max_length=64, json_schema_extra=list_type("atomic"))
+    ]
+    """What follows torchrun on a command line: a script, -m and a module, or --no-python and a program."""
+    args: Annotated[tuple[Word, ...], Field(max_length=128, json_schema_extra=list_type("atomic"))] = ()
+    """Arguments that are appended to the command."""
+
+
+class Nodes(Model):
+    """How many nodes the job wants, can do with, and keeps warm."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            rule(
+                "!has(self.minReplicas) || self.minReplicas <= self.replicas",
+                "nodes.minReplicas must not be above nodes.replicas: lower minReplicas or raise replicas",
+            )
+        )
+    )
+    replicas: Annotated[int, Field(ge=1, le=MAX_NODES)]
+    """How many nodes train together when all are well."""
+    min_replicas: Annotated[int | None, Field(ge=1, le=MAX_NODES)] = None
+    """The smallest number of nodes with which the job goes on when nodes are lost. Absent, it never shrinks."""
+    spares: Annotated[int, Field(ge=0, le=MAX_SPARES)] = 0
+    """How many further nodes are kept ready to take a lost node's place at once. They do not train."""
+
+    @property
+    def least(self) -> int:
+        """The smallest allowed size."""
+        return self.replicas if self.min_replicas is None else self.min_replicas
+
+    @property
+    def slots(self) -> int:
+        return self.replicas + self.spares
+
+
+class Backoff(Model):
+    """The pause before a restart when the one before it made no progress; it doubles each time."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            rule(
+                "self.initialSeconds <= self.maxSeconds",
+                "recovery.backoff.initialSeconds must not be above maxSeconds: lower it or raise maxSeconds",
+            )
+        )
+    )
+    initial_seconds: Annotated[int, Field(ge=1, le=3600)] = 1
+    """The first pause, in seconds. The first restart after progress never waits."""
+    max_seconds: Annotated[int, Field(ge=1, le=3600)] = 60
+    """The longest pause, in seconds."""
+
+
+class Shrink(Model):
+    """When the job goes on with fewer nodes."""
+
+    after_seconds: Annotated[int, Field(ge=0, le=86400)] = 5
+    """How long a node whose container died may take to come back before the job goes on without it, in seconds.
+    A node that is silent while the job stands still is not waited for."""
+
+
+class RecoveryRule(Model):
+    """What to do about a verdict of the health engine. Lists that are empty match anything."""
+
+    syndromes: Annotated[
+        tuple[Syndrome, ...], Field(max_length=16, json_schema_extra=list_type("atomic"))
+    ] = ()
+    """Which troubles the rule is about."""
+    scopes: Annotated[tuple[Scope, ...], Field(max_length=4, json_schema_extra=list_type("atomic"))] = ()
+    """Whether a rank, a link, a node or nobody is named."""
+    confirmed: bool = False
+    """Whether the rule is only for verdicts that a check, or the state of the process, has confirmed."""
+    min_severity_percent: Annotated[int, Field(ge=0, le=100_000)] = 0
+    """How long a step must take at least, in percent of what it took before. Only slowness has a severity above 100."""
+    min_strikes: Annotated[int, Field(ge=0, le=1000)] = 0
+    """How many verdicts must have named this node in this job, this one included."""
+    action: Action
+    """What to do. Note says it and goes on. Restart starts the ranks anew. Replace goes on without the pod that is
+    named, and makes another on another node. Isolate does the same, and asks that the node be taken out for every job.
+    Shrink goes on with fewer nodes and spends no spare. RollBack restarts from the checkpoint before the newest. Fail
+    ends the job. A node is never held responsible for a fault of the program, whatever the rule says."""
+
+
+class Recovery(Model):
+    """What happens on a fault, and how often."""
+
+    max_restarts: Annotated[int, Field(ge=0, le=10000)] = 100
+    """How many faults of the job's own processes are recovered before the job is Failed. Lost nodes, planned leaves
+    and changes of size are not counted."""
+    backoff: Backoff = Backoff()
+    """The pause between restarts that make no progress."""
+    shrink: Shrink = Shrink()
+    """When the job goes on with fewer nodes."""
+    rules: Annotated[
+        tuple[RecoveryRule, ...], Field(max_length=32, json_schema_extra=list_type("atomic"))
+    ] = ()
+    """What to do about verdicts of the health engine. The first rule that matches wins; behind them stand the defaults:
+    restart on a hang, isolate on a second one of the same node and on corruption, replace a node that makes every step
+    half as long again, and only say the rest."""
+
+
+class HangAction(StrEnum):
+    """What to do about a hang."""
+
+    RESTART = "Restart"
+    NOTIFY = "Notify"
+
+
+class HangHealth(Model):
+    """When a rank that takes no step any more is called hung, where there is no direct evidence."""
+
+    factor_percent: Annotated[int, Field(ge=200, le=2000)] = 500
+    """How many times the median step time, in percent, a rank may stand still."""
+    floor_seconds: Annotated[int, Field(ge=1, le=86400)] = 60
+    """How long a rank may stand still in any case, in seconds."""
+    action: HangAction = HangAction.RESTART
+    """Whether a hang restarts the ranks or is only reported."""
+
+
+class Switch(StrEnum):
+    """Whether something is done."""
+
+    ON = "On"
+    OFF = "Off"
+
+
+class Integrity(Model):
+    """What the trainer that comes with Stormjib does against silent corruption; another script may read the same
+    wishes from its environment."""
+
+    norms: Switch = Switch.ON
+    """Whether each rank's gradient norm before mixing is compared with the others'. A step in which one stands out is
+    done again before it is applied."""
+    digests: Switch = Switch.ON
+    """Whether ranks that hold the same shard compare the bits of weights and optimizer, a sixteenth in each step. Where
+    they differ the job goes back to a checkpoint that is not in doubt. Without replicas there is nothing to compare."""
+    on_spike: OnSpike = OnSpike.NOTIFY
+    """What follows a jump of loss or gradient norm that came again when its step was done again: report it and go on
+    (Notify), leave the batch out (Skip), fail, or go back to a checkpoint and see whether it comes again (Replay).
+    Numbers that are not finite are never applied: with Notify they fail the step."""
+    on_recurrence: OnRecurrence = OnRecurrence.FAIL
+    """What follows a jump that came again after going back: leave the batch out (Skip) or fail."""
+
+
+class Health(Model):
+    """How faults are told from slowness."""
+
+    hang: HangHealth = HangHealth()
+    """When a rank that takes no step any more is called hung."""
+    preflight: bool = True
+    """Whether each node is checked before it first trains: memory, a product with known bits, transfers. A node that
+    fails takes no part. On and Off without quotation marks are true and false in YAML."""
+    integrity: Integrity = Integrity()
+    """What is done against silent corruption."""
+
+
+class PersistentVolumeClaim(Model):
+    """A claim in the job's namespace that every node can write to (ReadWriteMany)."""
+
+    claim_name: Name
+    """The claim's name."""
+
+
+class Storage(Model):
+    """Where checkpoints are kept."""
+
+    persistent_volume_claim: PersistentVolumeClaim
+    """The claim that holds the checkpoints, in a folder of its own for each namespace and job."""
+
+
+class Interval(Model):
+    """How often a checkpoint is saved."""
+
+    steps: Annotated[int, Field(ge=1, le=1_000_000)] = 100
+    """A checkpoint is saved each time this many steps have been trained."""
+
+
+class Retention(Model):
+    """Which checkpoints are kept."""
+
+    keep_last: Annotated[int, Field(ge=1, le=100)] = 3
+    """How many of the newest committed checkpoints are kept."""
+
+
+class Checkpoint(Model):
+    """Where, how often and how long checkpoints are saved."""
+
+    storage: Storage
+    """Where checkpoints are kept."""
+    interval: Interval = Interval()
+    """How often a checkpoint is saved."""
+    retention: Retention = Retention()
+    """Which checkpoints are kept."""
+
+
+class Spec(Model):
+    """What the user wants."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            rule(
+                "self.suspend || self.launcher == oldSelf.launcher",
+                "launcher cannot change while the job runs: set suspend: true first",
+            ),
+            rule(
+                "self.suspend || self.template == oldSelf.template",
+                "template cannot change while the job runs: set suspend: true first",
+            ),
+            rule(
+                "self.suspend || (has(self.checkpoint) == has(oldSelf.checkpoint) && "
+                "(!has(self.checkpoint) || self.checkpoint.storage == oldSelf.checkpoint.storage))",
+                "checkpoint.storage cannot change while the job runs: set suspend: true first",
+            ),
+        )
+    )
+    suspend: bool = False
+    """Whether the job is held: it saves, stops, and gives its nodes back until this is false again."""
+    template: Template
+    """The pod that runs on each node, as in any workload. Our security defaults hold where it says nothing: not root,
+    a read-only root file system, no capabilities, the seccomp profile RuntimeDefault, no service account token."""
+    launcher: Launcher
+    """What each node runs, and how many processes of it."""
+    nodes: Nodes
+    """How many nodes the job wants, can do with, and keeps warm."""
+    recovery: Recovery = Recovery()
+    """What happens on a fault, and how often."""
+    health: Health = Health()
+    """How faults are told from slowness."""
+    checkpoint: Checkpoint | None = None
+    """Where, how often and how long checkpoints are saved. Absent, every restart begins at the first step."""

@@ -1,0 +1,75 @@
+"""What the tests of whole jobs share: small changes to the sample, waiting for a calm job, reading the history."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from bench import faults
+from bench.follow import Follower
+from bench.stage import wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from bench.faults import Scene
+    from bench.stage import Stage
+
+Change = "Callable[[dict[str, Any]], None]"
+
+
+def endless(job: dict[str, Any]) -> None:
+    """Train for longer than any test, and save often."""
+    job["spec"]["launcher"]["args"] = ["--set", "train.steps=100000"]
+    job["spec"]["checkpoint"]["interval"]["steps"] = 10
+
+
+def sized(replicas: int, minimum: int, spares: int, processes: int = 1) -> Callable[[dict[str, Any]], None]:
+    """An endless job of that size."""
+
+    def change(job: dict[str, Any]) -> None:
+        endless(job)
+        job["spec"]["nodes"] = {"replicas": replicas, "minReplicas": minimum, "spares": spares}
+        job["spec"]["launcher"]["processesPerNode"] = processes
+
+    return change
+
+
+def start(stage: Stage, namespace: str, change: Callable[[dict[str, Any]], None], step: int = 12) -> Scene:
+    """Apply the sample and wait until it has made some steps."""
+    job = stage.apply_sample("tiny-llama.yaml", namespace, change)
+    scene = faults.Scene(stage, Follower(stage.cluster.kubeconfig, namespace, job), namespace, job)
+    scene.follower.wait_step(step, 120)
+    return scene
+
+
+def calm(scene: Scene) -> None:
+    """Wait until the job has committed once more and every slot's agent is ready."""
+    latest = faults.latest(scene)
+    scene.follower.wait_step(latest.step + 10, 90)
+    nodes = scene.stage.job(scene.namespace, scene.job)["spec"]["nodes"]
+    wanted = nodes["replicas"] + nodes.get("spares", 0)
+    wait_until(lambda: ready(scene) >= wanted, 90, f"{wanted} agents ready", every=0.5)
+
+
+def ready(scene: Scene) -> int:
+    """Agents that the status calls ready."""
+    status = scene.stage.job(scene.namespace, scene.job).get("status", {})
+    return int(status.get("nodes", {}).get("ready", 0))
+
+
+def decisions(scene: Scene) -> list[str]:
+    """The coordinators' decisions, `generation 1.3: RankExit, ...`, in the order in which they were taken."""
+    return [x.text for x in sorted(scene.follower.lines, key=lambda x: x.at) if _is_decision(x.text)]
+
+
+def _is_decision(text: str) -> bool:
+    return text.startswith("generation ") and ": " in text
+
+
+def cause_of(scene: Scene, generation: str) -> str:
+    """Why a generation began, by its coordinator's own words."""
+    return next(
+        text.split(": ", 1)[1].split(",")[0].split(";")[0]
+        for text in decisions(scene)
+        if text.startswith(f"generation {generation}:")
+    )

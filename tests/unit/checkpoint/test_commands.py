@@ -1,0 +1,86 @@
+"""`stormjib ckpt`: what people see."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+from typer.testing import CliRunner
+
+from fakes.training import train
+from stormjib_checkpoint.commands import app
+from stormjib_checkpoint.opening import open_generation
+from stormjib_checkpoint.storage import Local
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    storage = Local(tmp_path)
+    open_generation(storage, "1.1", "uid")
+    train(storage, "1.1", 0, 10)
+    open_generation(storage, "1.2", "uid")
+    train(storage, "1.1", 10, 20)
+    train(storage, "1.2", 10, 12)
+    return tmp_path
+
+
+def run(*words: object) -> tuple[int, str]:
+    done = CliRunner().invoke(app, [str(word) for word in words])
+    return done.exit_code, done.output
+
+
+def test_ls_tells_living_steps_from_a_zombies(root: Path) -> None:
+    code, text = run("ls", root)
+    assert code == 0
+    rows = [line.split(maxsplit=4) for line in text.splitlines()[1:]]
+    assert [(row[0], row[1], row[4].strip()) for row in rows] == [
+        ("10", "1.1", "committed"),
+        ("12", "1.2", "committed"),
+        ("20", "1.1", "committed, but in no living history"),
+    ]
+
+
+def test_show_names_tensors_and_refuses_steps_that_do_not_exist(root: Path) -> None:
+    code, text = run("show", root)
+    assert code == 0
+    assert "step 12 of generation 1.2" in text
+    assert "model.a" in text
+    assert "3x4" in text
+    assert "scalar" in text
+    code, text = run("show", root, "--step", 20)
+    assert code == 2
+    assert "there are: 12, 10" in text
+
+
+def test_verify_finds_a_flipped_bit(root: Path) -> None:
+    assert run("verify", root)[0] == 0
+    path = root / "step-00000012" / "g1.2" / "rank-00001.safetensors"
+    data = bytearray(path.read_bytes())
+    data[100] ^= 4
+    path.write_bytes(data)
+    code, text = run("verify", root)
+    assert code == 1
+    assert "rank-00001.safetensors" in text
+    assert run("verify", root, "--step", 10)[0] == 0
+
+
+def test_audit_counts_the_living_history_only(root: Path) -> None:
+    code, text = run("audit", root)
+    assert (code, text.strip()) == (0, "12 steps up to 12, 48 samples, 0 of them more than once")
+    segment = root / "ledger" / "g1.2" / "00000011-00000012.jsonl"
+    segment.write_bytes(segment.read_bytes().replace(b"11", b"99", 1))
+    code, text = run("audit", root)
+    assert code == 1
+    assert "SHA-256" in text
+    assert "no samples written down for steps [11]" in text
+
+
+def test_errors_are_one_line(root: Path) -> None:
+    (root / "generations" / "g1.2.json").write_text("{}")
+    code, text = run("ls", root)
+    assert code == 1
+    assert text.startswith("DamagedCheckpoint: generations/g1.2.json has no format")
+    assert run("ls", root / "nothing")[0] == 2

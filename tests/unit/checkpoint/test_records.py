@@ -1,0 +1,203 @@
+"""FORMAT.md §2: what is refused on the way in, and that equal records are equal bytes."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stormjib_checkpoint.errors import FormatError
+from stormjib_checkpoint.format import (
+    Atom,
+    AtomsFile,
+    DataFile,
+    GenerationFile,
+    LedgerRef,
+    Manifest,
+    RankFile,
+    ResumePoint,
+    StoredBox,
+    TrainFile,
+)
+from stormjib_checkpoint.layout import (
+    GenerationId,
+    parse_generation,
+    parse_ledger,
+    parse_rank,
+    parse_step,
+    step_folder,
+)
+from stormjib_checkpoint.records import check_plain, decode, encode
+
+G = GenerationId(2, 7)
+ATOM = Atom("F32", (4, 2), (StoredBox(0, (0, 0), (3, 2), 100, 124),))
+RANK = RankFile(
+    5, G, 0, 2, "", DataFile(124, 64, ("a" * 16, "b" * 16)), {"w": ATOM}, {"lr": 0.1}, {4: (1, 2), 5: ()}
+)
+RECORDS = [
+    RANK,
+    AtomsFile(5, G, {"w": ATOM}, {"lr": [1, None, {"k": "ü"}]}),
+    TrainFile(5, G, {"step": 5, "seed": 2**70, "nested": {"a": [1.5, True]}}),
+    Manifest(
+        5, G, "uid", 2, {"atoms.json": "0" * 64}, {"rank-00000.safetensors": 124}, LedgerRef(4, 5, "1" * 64)
+    ),
+    Manifest(5, G, "uid", 2, {}, {}, None),
+    GenerationFile(G, GenerationId(2, 6), "uid", ResumePoint(4, "1.9", "2" * 64)),
+    GenerationFile(GenerationId(0, 1), None, "", None),
+]
+
+
+@pytest.mark.parametrize("record", RECORDS, ids=lambda record: type(record).__name__)
+def test_a_record_comes_back_as_it_was(record: object) -> None:
+    data = encode(record)
+    assert decode(type(record), data, "file") == record
+    assert encode(decode(type(record), data, "file")) == data
+    assert data.endswith(b"}\n")
+    assert b": " not in data
+
+
+def test_unknown_keys_are_ignored_and_a_newer_minor_is_read() -> None:
+    plain = json.loads(encode(RANK)) | {"format": "0.9", "color": "red"}
+    assert decode(RankFile, json.dumps(plain).encode(), "file") == RANK
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": "1.0"}, "format 1.0; this version reads 0.x"),
+        ({"format": 1}, "no format"),
+        ({"format": "0.x"}, "no format"),
+        ({"requires": ["holograms"]}, "requires 'holograms'"),
+        ({"requires": {"a": 1}}, "requires"),
+        ({"step": -1}, r"step is -1; wanted 0 to 2\^63-1"),
+        ({"step": 2**63}, "wanted 0 to"),
+        ({"step": True}, "step is True; wanted int"),
+        ({"step": 1.0}, "wanted int"),
+        ({"generation": "2.07"}, "INCARNATION.NUMBER"),
+        ({"generation": "../../etc"}, "INCARNATION.NUMBER"),
+        ({"rank": 2}, "rank 2 of 2"),
+        ({"atoms": []}, "wanted an object"),
+        ({"samples": {"04": []}}, "key '04'; wanted a number"),
+        ({"samples": {"4": [1, "2"]}}, "wanted int"),
+        (
+            {"data": {"bytes": 124, "piece_bytes": 64, "pieces": ["a"]}},
+            "1 pieces of 64 bytes for a file of 124",
+        ),
+        ({"data": {"bytes": 124, "piece_bytes": 0, "pieces": []}}, "pieces of 0 bytes"),
+        ({"atoms": {"w": {"dtype": "F31", "shape": [1], "boxes": []}}}, "unknown dtype 'F31'"),
+        ({"attempt": None}, "wanted str"),
+        ({"attempt": "\ud800"}, "is no Unicode|surrogates"),
+    ],
+)
+def test_a_hostile_record_is_refused_by_name(change: dict[str, Any], message: str) -> None:
+    data = json.dumps(json.loads(encode(RANK)) | change).encode()
+    with pytest.raises(FormatError, match=message):
+        decode(RankFile, data, "file")
+
+
+@pytest.mark.parametrize(
+    ("box", "message"),
+    [
+        ({"offset": [3, 0]}, "reaches outside"),
+        ({"shape": [3, 0]}, "is empty"),
+        ({"shape": [3]}, "1 dimensions in an atom of 2"),
+        ({"end": 125}, "do not hold a box"),
+        ({"start": 104, "end": 128}, "outside this rank's file"),
+        ({"rank": 1}, "outside this rank's file"),
+    ],
+)
+def test_a_box_that_lies_is_refused(box: dict[str, Any], message: str) -> None:
+    plain = json.loads(encode(RANK))
+    plain["atoms"]["w"]["boxes"][0] |= box
+    with pytest.raises(FormatError, match=message):
+        decode(RankFile, json.dumps(plain).encode(), "file")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"null",
+        b"[]",
+        b"{",
+        b"\xff\xfe",
+        b'{"format":"0.1","format":"0.1"}',
+        b'{"format":"0.1","step":NaN}',
+        b'{"format":"0.1","step":1e999}',
+        b'{"\\ud800":1}',
+        b"[" * 100_000,
+        b'{"step":' + b"9" * 10_000 + b"}",
+    ],
+)
+def test_what_is_no_record_is_refused(data: bytes) -> None:
+    with pytest.raises(FormatError):
+        decode(RankFile, data, "file")
+
+
+def test_a_missing_key_is_named() -> None:
+    plain = json.loads(encode(RANK))
+    del plain["world"]
+    with pytest.raises(FormatError, match="file lacks world"):
+        decode(RankFile, json.dumps(plain).encode(), "file")
+
+
+@given(st.binary(max_size=200))
+def test_noise_is_refused_and_nothing_else_happens(data: bytes) -> None:
+    with pytest.raises(FormatError):
+        decode(RankFile, data, "file")
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=40)
+@given(st.dictionaries(st.text(max_size=9), JSON, max_size=3))
+def test_any_json_that_is_accepted_comes_back_as_it_was(train: dict[str, Any]) -> None:
+    check_plain(train, "train")
+    record = TrainFile(1, G, train)
+    assert decode(TrainFile, encode(record), "file") == record
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"a": (1, 2)}, r"train\.a is \(1, 2\)"),
+        ({"a": {1: 2}}, r"train\.a has the key 1"),
+        ({"a": [float("nan")]}, r"train\.a\[0\] is nan"),
+        ({"a": b"x"}, "only text"),
+        ({"a": {"b": object()}}, r"train\.a\.b"),
+        ({"a": "\udfff"}, "no Unicode"),
+    ],
+)
+def test_what_json_would_change_is_refused_by_key(value: dict[str, Any], message: str) -> None:
+    with pytest.raises(FormatError, match=message):
+        check_plain(value, "train")
+
+
+def test_names_have_one_form() -> None:
+    assert step_folder(1200) == "step-00001200"
+    assert parse_step("step-00001200") == 1200
+    assert parse_step("step-123456789") == 123456789
+    for name in ("step-1200", "step-000001200", "step-00001200.tmp", "Step-00001200", "step-0000120٣"):
+        assert parse_step(name) is None
+    assert parse_generation("g2.7") == parse_generation("g2.7.json") == G
+    for name in ("g02.7", "2.7", "g2.7.json.json", "g2", "g-1.2"):
+        assert parse_generation(name) is None
+    assert parse_rank("rank-00003.json") == 3
+    assert parse_rank("rank-3.json") is None
+    assert parse_ledger("00000001-00000010.jsonl") == (1, 10)
+    assert parse_ledger("x.jsonl") is None
+    assert sorted([GenerationId(2, 1), GenerationId(1, 10), GenerationId(1, 9)]) == [
+        GenerationId(1, 9), GenerationId(1, 10), GenerationId(2, 1),
+    ]  # fmt: skip

@@ -1,0 +1,232 @@
+"""The training loop, readable from top to bottom."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from stormjib_health import probe
+from stormjib_health.integrity.judge import Act
+from stormjib_health.integrity.votes import replicas_of
+from stormjib_health.wire import Doubt
+from stormjib_runtime import rank
+from stormjib_runtime.wire import EXIT_RESUME_FAILED, EXIT_ROLL_BACK, EXIT_STOPPED, RankPhase
+from stormjib_trainer import data, init, parallel
+from stormjib_trainer.checkpoints import Checkpoints
+from stormjib_trainer.control import Control
+from stormjib_trainer.environment import age_s
+from stormjib_trainer.errors import CorruptedStep, DataError, ResumeFailed, ResumeMismatch, RolledBack
+from stormjib_trainer.integrity import Watch
+from stormjib_trainer.model import Llama
+from stormjib_trainer.optimizer import Optimizer
+from stormjib_trainer.order import Order, share
+from stormjib_trainer.report import Reporter
+from stormjib_trainer.step import agree, backward, clip
+from stormjib_trainer.validate import validate
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from stormjib_checkpoint.tensors import Value
+    from stormjib_health.integrity.judge import Ruling
+    from stormjib_trainer.config import Config
+    from stormjib_trainer.environment import Environment
+    from stormjib_trainer.step import Agreed
+
+
+def train(config: Config, env: Environment) -> int:
+    """Train to the last step, or to where somebody asks to stop. Returns the exit code of this rank."""
+    control = Control(rank.page())
+    control.listen()
+    control.phase(RankPhase.START)
+    parallel.join(parallel.device_of(config.train, env), config.train, env)
+    met_s = age_s()
+    run = Run(config, env, control)
+    try:
+        run.resume(met_s)
+        code = run.to_the_end()
+    except ResumeFailed as error:
+        print(f"stormjib_trainer: {error}", file=sys.stderr)
+        code = EXIT_RESUME_FAILED
+    except RolledBack as error:
+        print(f"stormjib_trainer: {error}", file=sys.stderr)
+        code = EXIT_ROLL_BACK
+    control.phase(RankPhase.END)
+    parallel.leave()
+    return code
+
+
+class Run:
+    """One rank of one generation."""
+
+    def __init__(self, config: Config, env: Environment, control: Control) -> None:
+        self.config, self.env, self.control = config, env, control
+        self.report = Reporter(env.rank)
+        self.device = parallel.device_of(config.train, env)
+        self.text = data.load(config.data.source, config.model.context)
+        if not parallel.same_everywhere(self.text.sha256, self.device):
+            raise DataError(
+                f"data.source = {config.data.source}: ranks read different texts; give all nodes the same"
+            )
+        self.order = Order(self.text.samples, config.train.batch, config.train.seed)
+        self.share = share(config.train.batch, env.rank, env.world)
+        self.model = Llama(config.model)
+        init.fill(self.model, config.train.seed, config.model.layers)
+        self.model.to(self.device)
+        self.replicas = replicas_of(env.world, config.parallel.replicate)
+        parallel.shard(self.model, self.device, config.train, self.replicas)
+        self.optimizer = Optimizer(self.model, config.optimizer, config.train.steps)
+        self.watch = Watch(env, config.train.batch, self.replicas, self.device)
+        self.watch.attach(self.model, self.optimizer.tensors())
+        self.checkpoints = Checkpoints(env, self.report, self.device)
+        self.done = 0
+        self.fed: dict[int, list[int]] = {}
+        """step -> sample ids that this rank fed to the model, since the last save."""
+
+    def resume(self, met_s: float) -> None:
+        """Go on from the checkpoint that this generation resumes from, where there is one. Tells how the start went:
+        `met_s` is the time from the start of the process to its first collective."""
+        saved = self.checkpoints.resume(self.state())
+        if saved is not None:
+            self.done = saved["step"]
+            self.check_same_run(saved)
+            self.optimizer.done(self.done)
+        self.watch.begin(self.done, self.checkpoints.doubted(self.done))
+        self.report.event("start", step=self.done, fork_to_collective_s=round(met_s, 3), **self.facts())
+
+    def to_the_end(self) -> int:
+        """Step until the last step, or until all agree to stop."""
+        last = self.config.train.steps
+        while self.done < last:
+            agreed = self.step(self.done + 1)
+            if agreed.stop or agreed.save or self.done == last or self.checkpoints.due(self.done):
+                self.save()
+            if agreed.stop and self.done < last:
+                self.report.event("stopped", step=self.done)
+                return EXIT_STOPPED
+            every = self.config.validation.every
+            if every and self.done % every == 0 and self.done < last:
+                self.validate("validated")
+        self.validate("done")
+        return 0
+
+    def step(self, step: int) -> Agreed:
+        """One step of the whole job."""
+        began = time.perf_counter()
+        self.control.phase(RankPhase.STEP)
+        self.fed[step] = self.order.ids(step, self.share)
+        windows = self.text.batch(self.fed[step]).to(self.device)
+        agreed, act = self.attempt(step, windows)
+        if act is Act.AGAIN:
+            self.optimizer.drop()
+            agreed, act = self.attempt(step, windows, again=True)
+        if act is Act.APPLY:
+            self.optimizer.apply(step)
+        else:
+            self.optimizer.skip(step)
+            self.report.event("skipped", step=step)
+        self.done = step
+        self.control.finished(step, agreed.loss)
+        self.tell(agreed, time.perf_counter() - began)
+        return agreed
+
+    def attempt(self, step: int, windows: Tensor, *, again: bool = False) -> tuple[Agreed, Act]:
+        """Forward, backward, and what all ranks make of the numbers. Raises CorruptedStep, RolledBack."""
+        train = self.config.train
+        self.watch.start()
+        loss = backward(self.model, windows, train.micro_batch, train.batch)
+        gradients = self.optimizer.gradients()
+        wishes = {"stop": self.control.stop(step), "save": self.control.save(step)}
+        told = self.watch.told(step, again=again)
+        agreed = agree(loss, gradients, replicas=self.replicas, told=told, **wishes)
+        ruling = self.watch.rule(step, agreed)
+        for finding in ruling.findings:
+            probe.tell(finding)
+            self.report.finding(finding)
+        if ruling.act is Act.ROLL_BACK:
+            self.roll_back(step, ruling)
+        if ruling.act is Act.FAIL:
+            raise CorruptedStep(_said(step, agreed, ruling))
+        clip(gradients, agreed.grad_norm, self.config.optimizer.clip)
+        return agreed, ruling.act
+
+    def roll_back(self, step: int, ruling: Ruling) -> NoReturn:
+        """Leave word for the next generation, and end."""
+        voted = any(finding.kind is Doubt.DIGEST for finding in ruling.findings)
+        trusted, numbers = self.watch.doubt(step, voted=voted)
+        self.checkpoints.doubt(step, trusted, numbers)
+        self.report.event("rolled_back", step=step, trusted=trusted, why=ruling.why)
+        raise RolledBack(f"step {step}: {ruling.why}; the newest step that is trusted is {trusted}")
+
+    def save(self) -> None:
+        """Leave this rank's part of the state on the storage, and say so."""
+        self.control.phase(RankPhase.CHECKPOINT)
+        began = time.perf_counter()
+        if self.checkpoints.save(self.done, self.state(), self.train_record(), self.fed):
+            self.fed = {}
+            self.control.saved(self.done)
+            self.report.event("saved", step=self.done, time_ms=_ms(time.perf_counter() - began))
+
+    def validate(self, event: str) -> None:
+        """Loss on text that is never trained on."""
+        self.control.phase(RankPhase.EVALUATION)
+        nats = validate(self.model, self.text, self.config.validation.sequences, self.device)
+        self.report.event(event, step=self.done, val_nats_per_byte=nats)
+
+    def state(self) -> dict[str, Value]:
+        """All tensors of a checkpoint, sharded; they share memory with model and optimizer."""
+        weights: dict[str, Value] = {f"model.{name}": p for name, p in self.model.named_parameters()}
+        return weights | self.optimizer.state()
+
+    def train_record(self) -> dict[str, Any]:
+        """What a checkpoint holds beside tensors."""
+        return {
+            "step": self.done,
+            "cursor": self.order.cursor(self.done),
+            "text": self.text.sha256,
+            "context": self.text.context,
+            "config": self.config.to_dict(),
+        }
+
+    def check_same_run(self, saved: dict[str, Any]) -> None:
+        """Refuse to go on with other samples in another order: nobody would notice, and the ledger would lie."""
+        own = self.train_record()
+        for key in ("cursor", "text", "context"):
+            if saved[key] != own[key]:
+                raise ResumeMismatch(
+                    f"the checkpoint of step {self.done} has {key} {saved[key]}, this run {own[key]}: keep data.source, "
+                    "model.context, train.batch and train.seed (and the Python version), or name an empty folder"
+                )
+
+    def facts(self) -> dict[str, object]:
+        """For whoever reads the log later."""
+        return {
+            "steps": self.config.train.steps,
+            "world": self.env.world,
+            "generation": self.checkpoints.generation,
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "samples": self.text.samples,
+            "text": self.text.sha256[:16],
+        }
+
+    def tell(self, agreed: Agreed, seconds: float) -> None:
+        """One line per step."""
+        train = self.config.train
+        self.report.step(
+            step=self.done,
+            loss=agreed.loss,
+            grad_norm=agreed.grad_norm,
+            tokens_per_s=round(train.batch * self.text.context / seconds),
+            generation=self.checkpoints.generation,
+            world=self.env.world,
+            time_ms=_ms(seconds),
+        )
+
+
+def _said(step: int, agreed: Agreed, ruling: Ruling) -> str:
+    return f"step {step}: loss {agreed.loss}, gradient norm {agreed.grad_norm}: {ruling.why}"
+
+
+def _ms(seconds: float) -> float:
+    return round(seconds * 1e3, 2)

@@ -1,0 +1,96 @@
+"""Forward, backward and the one small collective of a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+from typing import TYPE_CHECKING, cast
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+    from torch.distributed.fsdp import FSDPModule
+
+    from stormjib_trainer.model import Llama
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """What all ranks know after a step, equal on every one of them to the bit."""
+
+    loss: float
+    """Mean over the bytes of the whole batch."""
+    grad_norm: float
+    stop: bool
+    """Some rank was asked to stop."""
+    save: bool
+    """Some rank was asked to save."""
+    told: tuple[float, ...] = ()
+    """What the ranks wanted to tell each other beside, summed."""
+
+
+def micro_batches(windows: Tensor, most: int, total: int, world: int) -> Iterator[tuple[Tensor, float]]:
+    """Cut a rank's windows into micro batches of at most `most`, each with the weight of its loss.
+
+    Every forward and backward gathers weights from all ranks, so all must make the same number of them: as many as the
+    largest share of `total` windows needs. A rank with fewer or no windows takes one empty text, weighted by nothing.
+    """
+    largest = ceil(total / world)
+    for chunk in windows.tensor_split(ceil(largest / most)):
+        if len(chunk):
+            yield chunk, 1.0
+        else:
+            yield windows.new_zeros(1, windows.shape[1]), 0.0
+
+
+def summed_loss(model: Llama, windows: Tensor) -> Tensor:
+    """Cross entropy in nats, summed over all bytes of these windows."""
+    logits = model(windows[:, :-1])
+    return F.cross_entropy(logits.flatten(0, 1).float(), windows[:, 1:].flatten(), reduction="sum")
+
+
+def backward(model: Llama, windows: Tensor, micro_batch: int, batch: int) -> Tensor:
+    """Gradients of the mean loss over the whole batch, summed over ranks. Returns this rank's part of that loss."""
+    sharded = cast("FSDPModule", model)
+    share = [*micro_batches(windows, micro_batch or batch, batch, dist.get_world_size())]
+    loss = torch.zeros((), dtype=torch.float64, device=windows.device)
+    scale = 1.0 / (batch * (windows.shape[1] - 1))
+    for i, (chunk, weight) in enumerate(share):
+        sharded.set_requires_gradient_sync(i == len(share) - 1)
+        part = summed_loss(model, chunk) * (weight * scale)
+        torch.autograd.backward(part)
+        loss += part.detach()
+    return loss
+
+
+def agree(
+    loss: Tensor,
+    grads: list[Tensor],
+    *,
+    stop: bool,
+    save: bool,
+    replicas: int = 1,
+    told: Tensor | None = None,
+) -> Agreed:
+    """One collective for all that the ranks must agree on: loss, gradient norm, wishes to stop and to save, and `told`.
+
+    Each shard of the gradient is on `replicas` ranks, and so counted as often.
+    """
+    norms = torch.stack(torch._foreach_norm(grads)).double()
+    own = torch.stack((loss, norms.dot(norms)))
+    flags = torch.tensor((stop, save), dtype=torch.float64, device=loss.device)
+    whole = torch.cat((own, flags) if told is None else (own, flags, told))
+    dist.all_reduce(whole)
+    mean, squares, stops, saves, *rest = whole.tolist()
+    return Agreed(mean, (squares / replicas) ** 0.5, stops > 0, saves > 0, tuple(rest))
+
+
+def clip(grads: list[Tensor], norm: float, most: float) -> None:
+    """Scale the gradients so that their norm over all ranks is at most `most`."""
+    if norm > most:
+        torch._foreach_mul_(grads, most / norm)
