@@ -45,8 +45,12 @@ class Kubectl:
         self("apply", "-f", "-", stdin="\n---\n".join(json.dumps(document) for document in documents))
 
     def wait(self, condition: str, *what: str, seconds: int = 40) -> None:
-        """`kubectl wait`."""
-        self("wait", f"--for={condition}", *what, f"--timeout={seconds}s")
+        """`kubectl wait`; what never came is described in the failure."""
+        try:
+            self("wait", f"--for={condition}", *what, f"--timeout={seconds}s")
+        except AssertionError as error:
+            seen = self("describe", *what, check=False) if condition.startswith("condition") else ""
+            raise AssertionError(f"{error}\n{seen}") from error
 
 
 def eventually(what: str, seconds: float, found: Callable[[], Any]) -> Any:

@@ -70,8 +70,12 @@ class Scene:
     def state(self, node: str) -> str:
         return str(self.isolation(node).get("status", {}).get("state", ""))
 
-    def is_in(self, node: str, state: str) -> bool:
-        return self.state(node) == state
+    def reaches(self, node: str, state: str, seconds: float) -> None:
+        """Wait for that state; where it does not come, say how the node got where it is."""
+        try:
+            eventually(state, seconds, lambda: self.state(node) == state)
+        except AssertionError as error:
+            raise AssertionError(f"{error}: {json.dumps(self.isolation(node), indent=1)}") from None
 
     def is_accused_by(self, node: str, count: int) -> bool:
         return len(self.isolation(node).get("spec", {}).get("evidence", ())) == count
@@ -201,7 +205,7 @@ def test_a_trusted_verdict_marks_the_node_within_two_seconds_and_a_deleted_recor
     assert excluded <= 1.5  # with two calls of kubectl
     assert marked <= 3 * 2
     eventually("the condition", 5, lambda: quick.suspected(node))
-    eventually("rest", 5, lambda: quick.state(node) == "Cooldown")
+    quick.reaches(node, "Cooldown", 5)
     found = quick.system.get("node", node)
     assert "unschedulable" not in found["spec"]
     effects = {t["effect"] for t in found["spec"]["taints"] if t["key"] == TAINT}
@@ -236,7 +240,7 @@ def test_a_healthy_preflight_clears_the_node_and_the_job_may_use_it_again(
     node = tenant.places[1]
     tenant.accuse(1)
     tenant.leaves(1)
-    eventually("Released", 60, lambda: quick.state(node) == "Released")
+    quick.reaches(node, "Released", 60)
     status = quick.isolation(node)["status"]
     assert (status["lastOutcome"], status["reason"]) == ("Passed", "it passed a preflight")
     assert not quick.tainted(node)
@@ -249,7 +253,7 @@ def test_the_way_back_is_two_passed_preflights(quick: Scene, kubectl: Kubectl) -
     node = tenant.places[1]
     tenant.accuse(1)
     tenant.leaves(1)
-    eventually("probation", 90, lambda: quick.state(node) == "Probation")
+    quick.reaches(node, "Probation", 90)
     status = quick.isolation(node)["status"]
     assert status["runs"] == 2
     turns = [turn["state"] for turn in reversed(status["history"])]
@@ -263,7 +267,7 @@ def test_report_only_writes_to_no_node(quick: Scene, kubectl: Kubectl) -> None:
     node = tenant.places[1]
     before = quick.system.get("node", node)
     tenant.accuse(1)
-    eventually("Blocked", 15, lambda: quick.state(node) == "Blocked")
+    quick.reaches(node, "Blocked", 15)
     assert quick.isolation(node)["status"]["reason"].startswith("ReportOnly")
     after = quick.system.get("node", node)
     assert after["spec"] == before["spec"]
@@ -277,7 +281,7 @@ def test_the_label_that_keeps_a_node_out_releases_it(quick: Scene, kubectl: Kube
     tenant = Tenant(quick, kubectl)
     node = tenant.places[1]
     tenant.accuse(1)
-    eventually("rest", 15, lambda: quick.state(node) == "Cooldown")
+    quick.reaches(node, "Cooldown", 15)
     quick.system("label", "--overwrite", "node", node, f"{LABEL}=disabled")
     eventually("no mark", 10, lambda: not quick.tainted(node))
     assert quick.state(node) == "Released"
@@ -371,7 +375,7 @@ def test_a_tenant_that_blames_the_nodes_it_sits_on_gets_none_tainted(quick: Scen
         eventually("the accusation is taken", 10, partial(quick.isolation, node))
         assert not quick.tainted(node)
         kubectl("delete", "tj", name)
-        eventually("Released", 60, partial(quick.is_in, node, "Released"))
+        quick.reaches(node, "Released", 60)
         seen += [turn["state"] for turn in quick.isolation(node)["status"]["history"]]
     assert set(seen) == {"Proposed", "Released"}
 

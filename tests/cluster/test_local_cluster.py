@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from stormjib_local.cluster import Cluster
 
 IMAGE = "localhost/host:dev"
-# So that the API's own eviction does not end a pod while a test has its node cut.
-PATIENT = [
+# So that the API's own eviction does not end a pod while a test has its node cut; and other tests keep jobs off a node.
+PATIENT = [{"operator": "Exists", "effect": "NoSchedule"}] + [
     {
         "key": f"node.kubernetes.io/{state}",
         "operator": "Exists",

@@ -176,12 +176,17 @@ def _silent(state: State, bounds: Bounds, now: float) -> Fault | None:
         silence = silence_of(state, member, agent, bounds, now)
         if (
             silence > SILENT_S
-            and _others_stopped(state, member, silence, now)
+            and (_never_began(state, agent) or _others_stopped(state, member, silence, now))
             and feasible(state, bounds, now)
             and may_replace(state, now)
         ):
             return _agent_silent(member, silence)
     return None
+
+
+def _never_began(state: State, agent: Agent | None) -> bool:
+    """It fell silent before it spoke of this generation, so its ranks have not joined, and nobody steps without them."""
+    return agent is not None and state.generation is not None and not agent.runs(state.generation)
 
 
 def silence_of(state: State, member: Member, agent: Agent | None, bounds: Bounds, now: float) -> float:

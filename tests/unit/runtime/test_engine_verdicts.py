@@ -139,6 +139,19 @@ def test_a_node_that_is_not_heard_is_left_to_the_rule_for_silence_which_leaves_i
     assert world.slots == [0, 2]
 
 
+def test_a_cut_node_that_was_restarted_in_place_is_left_out_after_three_heartbeats() -> None:
+    """A verdict may be quicker than the second heartbeat that a cut node misses: then the node is in the next generation,
+    where nobody has a step clock that could show that it stands still."""
+    world = running_world(bounds(2, 1, spares=1))
+    world.cut.add(1)
+    find(world, replace(FROZEN, syndrome=Syndrome.COMMUNICATION_HANG, scope=Scope.NODE, confirmed=False))
+    assert world.causes == ["Start", "CommunicationHang"]
+    assert world.slots == [0, 1]
+    world.pass_time(4.0)
+    assert world.causes == ["Start", "CommunicationHang", "AgentSilent"]
+    assert world.slots == [0, 2]
+
+
 def test_shrink_spends_no_spare_until_the_spec_changes() -> None:
     world = running_world(ruled(Action.SHRINK, 2, 1, spares=1))
     find(world, FROZEN)
