@@ -1,4 +1,4 @@
-"""How long from a fault to the next step, on the local cluster. Medians of five runs and their spread.
+"""How long from a fault to the next step, on the local cluster, and what watching costs. Medians of five runs and their spread.
 
 `python -m bench.recovery [--quick] [--cases A,B] [--json FILE]`. Each pair of runs is the same kill under Stormjib and under stock
 torchrun, one after the other on the same cluster.
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from bench import faults
+from bench import costs, faults, samples
 from bench.demo import ready_agents, say
 from bench.faults import Scene
 from bench.follow import Follower
@@ -21,6 +21,8 @@ from bench.table import Row, show, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from bench.report import FaultRecord
 
 NAMESPACE = "bench"
 
@@ -62,23 +64,31 @@ def full(stage: Stage, runs: int, cases: list[str]) -> list[Row]:
 
 def rank_kill(stage: Stage, runs: int) -> list[Row]:
     """The same kill under Stormjib and under stock torchrun, in pairs; each on a job of its own."""
-    ours, theirs = [], []
+    ours, theirs, forks = [], [], []
+
+    def measure(scene: Scene) -> list[float]:
+        again_s = faults.rank_kill(scene).stepping_again_s
+        forks.append(samples.fork_to_collective(scene.follower.lines) or 0.0)
+        return [again_s]
+
     for _ in range(runs):
-        ours += run_job(stage, lambda s: [faults.rank_kill(s).stepping_again_s])
+        ours += run_job(stage, measure)
         theirs += run_job(stage, lambda s: [faults.torchrun_rank_kill(s)], "tiny-llama-torchrun.yaml")
-    return [_row("rank-kill", "stormjib", ours), _row("rank-kill", "torchrun", theirs)]
+    return [
+        _row("rank-kill", "stormjib", ours),
+        _row("rank-kill", "torchrun", theirs),
+        Row.of("fork_to_collective_s", "start and restart", "stormjib", forks, "s"),
+    ]
 
 
 def rank_freeze(stage: Stage, runs: int) -> list[Row]:
-    """SIGSTOP, again and again on one job."""
-    seen = run_job(stage, lambda s: repeat(s, runs, lambda: faults.rank_freeze(s).stepping_again_s))
-    return [_row("rank-freeze", "stormjib", seen)]
+    """SIGSTOP."""
+    return [_row("rank-freeze", "stormjib", on_jobs(stage, runs, faults.rank_freeze))]
 
 
 def node_cut(stage: Stage, runs: int) -> list[Row]:
-    """A member's node is cut and healed, again and again on one job."""
-    seen = run_job(stage, lambda s: repeat(s, runs, lambda: faults.node_cut(s).stepping_again_s))
-    return [_row("node-cut", "stormjib", seen)]
+    """A member's node is cut and healed."""
+    return [_row("node-cut", "stormjib", on_jobs(stage, runs, faults.node_cut))]
 
 
 def coordinator_cut(stage: Stage, runs: int) -> list[Row]:
@@ -87,16 +97,47 @@ def coordinator_cut(stage: Stage, runs: int) -> list[Row]:
     return [Row.of("agents_registered_s", "coordinator-cut", "stormjib", seen, "s")]
 
 
+def watching(stage: Stage, runs: int) -> list[Row]:
+    """What operator, coordinator and two agents cost together while a job trains, over 30 s each."""
+    percents, memories = [], []
+
+    def measure(scene: Scene) -> list[float]:
+        _all_ready(scene)
+        for _ in range(runs):
+            percent, memory = costs.measure(scene)
+            percents.append(percent)
+            memories.append(memory)
+        return percents
+
+    run_job(stage, measure, unit="% of a core")
+    names = memories[0]
+    return [
+        Row.of("idle_core_percent", "training", "stormjib", percents, "%"),
+        *(Row.of(f"rss_{name}", "training", "stormjib", [m[name] for m in memories], "MB") for name in names),
+    ]
+
+
 CASES: dict[str, Callable[[Stage, int], list[Row]]] = {
     "rank-kill": rank_kill,
     "rank-freeze": rank_freeze,
     "node-cut": node_cut,
     "coordinator-cut": coordinator_cut,
+    "watching": watching,
 }
 
 
 def _row(case: str, subject: str, values: list[float]) -> Row:
     return Row.of("stepping_again_s", case, subject, values, "s")
+
+
+def on_jobs(stage: Stage, runs: int, fault: Callable[[Scene], FaultRecord]) -> list[float]:
+    """The fault on one job after the other: a node that hangs one job twice is taken out of that job."""
+
+    def measure(scene: Scene) -> list[float]:
+        _all_ready(scene)
+        return [fault(scene).stepping_again_s]
+
+    return [value for _ in range(runs) for value in run_job(stage, measure)]
 
 
 def repeat(scene: Scene, runs: int, fault: Callable[[], float]) -> list[float]:
@@ -106,12 +147,16 @@ def repeat(scene: Scene, runs: int, fault: Callable[[], float]) -> list[float]:
         values.append(fault())
         latest = scene.follower.latest
         scene.follower.wait_step((latest.step if latest else 0) + 10, 90)
-        wait_until(lambda: ready_agents(scene) >= 3, 90, "three agents ready again", every=1)
+        _all_ready(scene)
     return values
 
 
+def _all_ready(scene: Scene) -> None:
+    wait_until(lambda: ready_agents(scene) >= 3, 90, "three agents ready", every=1)
+
+
 def run_job(
-    stage: Stage, measure: Callable[[Scene], list[float]], sample: str = "tiny-llama.yaml"
+    stage: Stage, measure: Callable[[Scene], list[float]], sample: str = "tiny-llama.yaml", unit: str = "s"
 ) -> list[float]:
     """Apply a sample that would train for long, measure once it steps, delete it."""
     job = stage.apply_sample(sample, NAMESPACE, _endless)
@@ -119,7 +164,7 @@ def run_job(
     try:
         scene.follower.wait_step(15, 120)
         values = measure(scene)
-        say(f"{sample}: {', '.join(f'{v:.2f}' for v in values)} s")
+        say(f"{sample}: {', '.join(f'{v:.2f}' for v in values)} {unit}")
         return values
     finally:
         scene.follower.close()

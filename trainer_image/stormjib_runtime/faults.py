@@ -112,8 +112,10 @@ def _rolled_back(state: State, now: float) -> Fault | None:
     nothing is lost by waiting for it, and a node may have to stay out."""
     for member, agent in _speaking(state):
         for rank in agent.report.ranks:
+            if rank.exit != EXIT_ROLL_BACK:
+                continue
             found = next((one for one in reversed(state.verdicts) if _of_corruption(state, one)), None)
-            if rank.exit == EXIT_ROLL_BACK and (found is not None or now - agent.heard >= FINDING_S):
+            if found is not None or now - agent.heard >= FINDING_S:
                 slot = found.slots[0] if found is not None and found.slots else member.slot
                 who = found.culprits[0] if found is not None and found.culprits else None
                 said = found.sentence if found is not None else "numbers are in doubt"
