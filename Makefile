@@ -31,10 +31,12 @@ test-unit: setup  ## pure cores, seconds
 	$(BIN)/pytest -n auto tests/unit
 
 test-process: setup ## real processes, torch over Gloo
-	$(BIN)/pytest tests/process
+	# They wait more than they compute, as do those on clusters: two files at a time.
+	$(BIN)/pytest -n 2 --dist loadfile tests/process
 
 test-cluster: setup ## a real Kubernetes cluster on this machine (root)
-	$(BIN)/pytest tests/cluster
+	# Two files at a time, each on a cluster of its own.
+	$(BIN)/pytest -n 2 --dist loadfile tests/cluster
 
 check: setup      ## ruff, mypy strict, import contracts
 	$(BIN)/ruff check $(SOURCES)

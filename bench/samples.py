@@ -64,9 +64,14 @@ def validation(lines: Iterable[Line]) -> float:
     return next((record["val_nats_per_byte"] for _, record in events(lines, "done")), 0.0)
 
 
+def forks_to_collective(lines: Iterable[Line]) -> list[float]:
+    """Seconds from the fork of rank 0 to its first collective, of each generation."""
+    return [record["fork_to_collective_s"] for _, record in events(lines, "start")]
+
+
 def fork_to_collective(lines: Iterable[Line]) -> float | None:
-    """Median over the generations of the seconds from a rank's fork to its first collective."""
-    seen = [record["fork_to_collective_s"] for _, record in events(lines, "start")]
+    """Their median."""
+    seen = forks_to_collective(lines)
     return round(statistics.median(seen), 4) if seen else None
 
 

@@ -1,8 +1,9 @@
-"""One real cluster for the whole session; every test gets a namespace of its own under the `restricted` profile."""
+"""One real cluster for each worker's session; every test gets a namespace of its own under the `restricted` profile."""
 
 from __future__ import annotations
 
 import hashlib
+import os
 import sys
 import time
 import uuid
@@ -23,8 +24,9 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[2]
 NODES = 4
-# Two checkouts may run their tests at the same time.
-NAME = f"t{hashlib.sha256(str(ROOT).encode()).hexdigest()[:8]}"
+# Two checkouts, and two workers of one, may run their tests at the same time.
+WHO = f"{ROOT} {os.environ.get('PYTEST_XDIST_WORKER', '')}"
+NAME = f"t{hashlib.sha256(WHO.encode()).hexdigest()[:8]}"
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
