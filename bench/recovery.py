@@ -69,6 +69,7 @@ def rank_kill(stage: Stage, runs: int) -> list[Row]:
     forks: list[list[float]] = []
 
     def measure(scene: Scene) -> list[float]:
+        _all_ready(scene)  # else the spare imports torch meanwhile
         again_s = faults.rank_kill(scene).stepping_again_s
         forks.append(samples.forks_to_collective(scene.follower.lines))
         return [again_s]
