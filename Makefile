@@ -31,7 +31,7 @@ test-unit: setup  ## pure cores, seconds
 	$(BIN)/pytest -n auto tests/unit
 
 test-process: setup ## real processes, torch over Gloo
-	# They wait more than they compute, as do those on clusters: two files at a time.
+	# Two files at a time: much of it is waiting.
 	$(BIN)/pytest -n 2 --dist loadfile tests/process
 
 test-cluster: setup ## a real Kubernetes cluster on this machine (root)

@@ -71,7 +71,7 @@ def train_through_faults(stage: Stage, report: Report) -> int:
         for kind in ("rank-kill", "rank-freeze", "operator-kill", "coordinator-cut", "node-cut"):
             marks.append((time.time(), kind))
             report.faults.append(break_something(scene, kind, report))
-            settle(scene, interval)
+            faults.settle(scene, interval)
         wait_until(lambda: is_true(stage.condition(NAMESPACE, job, "Complete")), 600, "Complete", every=1)
     finish(scene, report, marks)
     return interval
@@ -90,20 +90,6 @@ def break_something(scene: Scene, kind: str, report: Report) -> FaultRecord:
         f"  {record.stepping_again_s:.2f} s until the next step, {record.lost_steps} steps lost, generation {record.generation}"
     )
     return record
-
-
-def settle(scene: Scene, interval: int) -> None:
-    """Let the job commit once more, and every slot be back, before the next fault."""
-    latest = scene.follower.latest
-    scene.follower.wait_step((latest.step if latest else 0) + interval, 90)
-    wanted = scene.stage.job(scene.namespace, scene.job)["spec"]["nodes"]
-    count = wanted["replicas"] + wanted.get("spares", 0)
-    wait_until(lambda: ready_agents(scene) >= count, 60, f"{count} agents ready again", every=1)
-
-
-def ready_agents(scene: Scene) -> int:
-    """How many agents the job's status calls ready."""
-    return int(scene.stage.job(scene.namespace, scene.job).get("status", {}).get("nodes", {}).get("ready", 0))
 
 
 def finish(scene: Scene, report: Report, marks: list[tuple[float, str]]) -> None:

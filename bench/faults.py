@@ -208,3 +208,21 @@ def latest(scene: Scene) -> Step:
     if step is None:
         raise StageError("the job has not stepped yet")
     return step
+
+
+def settle(scene: Scene, steps: int = 10) -> None:
+    """Wait until the job has made so many steps more, and every slot's agent is ready."""
+    scene.follower.wait_step(latest(scene).step + steps, 90)
+    all_ready(scene)
+
+
+def all_ready(scene: Scene) -> None:
+    """Wait until every slot's agent is ready, those of the spares too: until then they import torch beside the ranks."""
+    nodes = scene.stage.job(scene.namespace, scene.job)["spec"]["nodes"]
+    wanted = nodes["replicas"] + nodes.get("spares", 0)
+    wait_until(lambda: _ready(scene) >= wanted, 90, f"{wanted} agents ready", every=0.5)
+
+
+def _ready(scene: Scene) -> int:
+    status = scene.stage.job(scene.namespace, scene.job).get("status", {})
+    return int(status.get("nodes", {}).get("ready", 0))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from bench import costs, faults, samples
-from bench.demo import ready_agents, say
+from bench.demo import say
 from bench.faults import Scene
 from bench.follow import Follower
 from bench.stage import Stage, opened, wait_until
@@ -49,9 +49,7 @@ def main() -> None:
 
 def quick(stage: Stage) -> list[Row]:
     """One rank kill."""
-    return [
-        _row("rank-kill", "stormjib", [run_job(stage, lambda s: [faults.rank_kill(s).stepping_again_s])[0]])
-    ]
+    return [_row("rank-kill", "stormjib", on_jobs(stage, 1, faults.rank_kill))]
 
 
 def full(stage: Stage, runs: int, cases: list[str]) -> list[Row]:
@@ -69,7 +67,6 @@ def rank_kill(stage: Stage, runs: int) -> list[Row]:
     forks: list[list[float]] = []
 
     def measure(scene: Scene) -> list[float]:
-        _all_ready(scene)  # else the spare imports torch meanwhile
         again_s = faults.rank_kill(scene).stepping_again_s
         forks.append(samples.forks_to_collective(scene.follower.lines))
         return [again_s]
@@ -107,7 +104,6 @@ def watching(stage: Stage, runs: int) -> list[Row]:
     percents, memories = [], []
 
     def measure(scene: Scene) -> list[float]:
-        _all_ready(scene)
         for _ in range(runs):
             percent, memory = costs.measure(scene)
             percents.append(percent)
@@ -137,27 +133,16 @@ def _row(case: str, subject: str, values: list[float]) -> Row:
 
 def on_jobs(stage: Stage, runs: int, fault: Callable[[Scene], FaultRecord]) -> list[float]:
     """The fault on one job after the other: a node that hangs one job twice is taken out of that job."""
-
-    def measure(scene: Scene) -> list[float]:
-        _all_ready(scene)
-        return [fault(scene).stepping_again_s]
-
-    return [value for _ in range(runs) for value in run_job(stage, measure)]
+    return [value for _ in range(runs) for value in run_job(stage, lambda s: [fault(s).stepping_again_s])]
 
 
 def repeat(scene: Scene, runs: int, fault: Callable[[], float]) -> list[float]:
-    """The same fault several times on one job, each when every agent is ready again and steps were made."""
+    """The same fault several times on one job, which settles after each."""
     values = []
     for _ in range(runs):
         values.append(fault())
-        latest = scene.follower.latest
-        scene.follower.wait_step((latest.step if latest else 0) + 10, 90)
-        _all_ready(scene)
+        faults.settle(scene)
     return values
-
-
-def _all_ready(scene: Scene) -> None:
-    wait_until(lambda: ready_agents(scene) >= 3, 90, "three agents ready", every=1)
 
 
 def run_job(
@@ -168,6 +153,7 @@ def run_job(
     scene = Scene(stage, Follower(stage.cluster.kubeconfig, NAMESPACE, job), NAMESPACE, job)
     try:
         scene.follower.wait_step(15, 120)
+        faults.all_ready(scene)
         values = measure(scene)
         say(f"{sample}: {', '.join(f'{v:.2f}' for v in values)} {unit}")
         return values

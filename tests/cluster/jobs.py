@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 from bench import faults
 from bench.follow import Follower
-from bench.stage import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,21 +39,6 @@ def start(stage: Stage, namespace: str, change: Callable[[dict[str, Any]], None]
     scene = faults.Scene(stage, Follower(stage.cluster.kubeconfig, namespace, job), namespace, job)
     scene.follower.wait_step(step, 120)
     return scene
-
-
-def calm(scene: Scene) -> None:
-    """Wait until the job has committed once more and every slot's agent is ready."""
-    latest = faults.latest(scene)
-    scene.follower.wait_step(latest.step + 10, 90)
-    nodes = scene.stage.job(scene.namespace, scene.job)["spec"]["nodes"]
-    wanted = nodes["replicas"] + nodes.get("spares", 0)
-    wait_until(lambda: ready(scene) >= wanted, 90, f"{wanted} agents ready", every=0.5)
-
-
-def ready(scene: Scene) -> int:
-    """Agents that the status calls ready."""
-    status = scene.stage.job(scene.namespace, scene.job).get("status", {})
-    return int(status.get("nodes", {}).get("ready", 0))
 
 
 def decisions(scene: Scene) -> list[str]:

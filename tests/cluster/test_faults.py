@@ -10,7 +10,7 @@ import time
 from typing import TYPE_CHECKING
 
 import pytest
-from cluster.jobs import calm, cause_of, decisions, endless, start
+from cluster.jobs import cause_of, decisions, endless, start
 
 from bench import faults, samples
 from bench.stage import SYSTEM, Stage, kill_rank, wait_until
@@ -32,7 +32,7 @@ def scene(quiet_stage: Stage) -> Iterator[Scene]:
     """A job of two nodes with two processes each and one spare, that steps."""
     quiet_stage.make_namespace("faults")
     found = start(quiet_stage, "faults", endless)
-    calm(found)
+    faults.settle(found)
     yield found
     found.follower.close()
     quiet_stage.kubectl("delete", "namespace", "faults", "--wait=false")
@@ -44,7 +44,7 @@ def test_a_killed_rank_costs_seconds_and_is_counted(scene: Scene) -> None:
     assert record.lost_steps <= INTERVAL + 1
     assert cause_of(scene, record.generation) == "RankExit"
     wait_until(lambda: restarts(scene)["counted"] >= 1, 20, "the restart in the status")
-    calm(scene)
+    faults.settle(scene)
 
 
 def test_a_frozen_rank_is_found_and_replaced(scene: Scene) -> None:
@@ -52,7 +52,7 @@ def test_a_frozen_rank_is_found_and_replaced(scene: Scene) -> None:
     assert record.stepping_again_s <= 4 * SLACK, decisions(scene)
     assert record.lost_steps <= INTERVAL + 1
     assert cause_of(scene, record.generation) == "RankHang"
-    calm(scene)
+    faults.settle(scene)
 
 
 def test_a_killed_operator_stops_nothing_and_a_rank_killed_meanwhile_is_recovered(scene: Scene) -> None:
@@ -65,7 +65,7 @@ def test_a_killed_operator_stops_nothing_and_a_rank_killed_meanwhile_is_recovere
         assert killed.stepping_again_s <= 1.5 * SLACK, decisions(scene)
     finally:
         scene.stage.kubectl("scale", "deployment", "stormjib", "-n", SYSTEM, "--replicas=1")
-    calm(scene)
+    faults.settle(scene)
 
 
 def test_an_upgrade_of_the_chart_stops_nothing(scene: Scene) -> None:
@@ -73,7 +73,7 @@ def test_an_upgrade_of_the_chart_stops_nothing(scene: Scene) -> None:
     record = faults.helm_upgrade(scene)
     assert record.lost_steps == 0
     assert scene.stage.operator_pod()["metadata"]["uid"] != before, "the upgrade replaced no pod"
-    calm(scene)
+    faults.settle(scene)
 
 
 def test_a_rank_killed_while_the_coordinator_is_cut_is_recovered_by_the_next_one(scene: Scene) -> None:
@@ -88,14 +88,14 @@ def test_a_rank_killed_while_the_coordinator_is_cut_is_recovered_by_the_next_one
         assert again.at - at <= 10 * SLACK
     finally:
         scene.stage.cluster.heal(node)
-    calm(scene)
+    faults.settle(scene)
 
 
 def test_a_cut_coordinator_costs_no_step(scene: Scene) -> None:
     record, registered_s = faults.coordinator_cut(scene)
     assert record.lost_steps == 0
     assert registered_s <= 10 * SLACK
-    calm(scene)
+    faults.settle(scene)
 
 
 def test_a_cut_node_is_replaced_by_the_spare(scene: Scene) -> None:
@@ -103,7 +103,7 @@ def test_a_cut_node_is_replaced_by_the_spare(scene: Scene) -> None:
     assert record.stepping_again_s <= 6 * SLACK, decisions(scene)
     assert record.lost_steps <= INTERVAL + 1
     assert cause_of(scene, record.generation) == "AgentSilent"
-    calm(scene)
+    faults.settle(scene)
 
 
 def test_a_drained_node_leaves_in_order(scene: Scene) -> None:
@@ -120,7 +120,7 @@ def test_a_drained_node_leaves_in_order(scene: Scene) -> None:
         assert cause_of(scene, again.generation) == "Leave"
     finally:
         scene.stage.kubectl("uncordon", victim)
-    calm(scene)
+    faults.settle(scene)
     assert restarts(scene)["counted"] == counted
 
 
