@@ -157,7 +157,10 @@ class FakeAgent:
         )
 
     def stop(self, order: Order) -> None:
-        """End as asked."""
+        """End as asked; who holds nothing of it has nothing to end."""
+        if self.generation != order.generation:
+            self._end(AgentPhase.IDLE)
+            return
         self.phase, self.generation = AgentPhase.STOPPED, order.generation
         self.ranks = tuple(
             replace(r, exit=EXIT_STOPPED if r.exit is None else r.exit, step=order.stop_after)

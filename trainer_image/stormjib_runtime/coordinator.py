@@ -26,7 +26,7 @@ from stormjib_runtime.codec import DecodeError, decode, encode, pack, unpack
 from stormjib_runtime.http import Response
 from stormjib_runtime.http_server import Connection, Handler, Request, Server, serve, text
 from stormjib_runtime.narrate import describe, health_metrics, metrics
-from stormjib_runtime.orders import job_state, order_for, order_version, state_version
+from stormjib_runtime.orders import job_state, order_for, state_version
 from stormjib_runtime.state import Complete, Refused, StandDown, is_urgent
 from stormjib_runtime.watch import Watch
 from stormjib_runtime.wire import HEARTBEAT_S, Bounds, Cause, Env, GenerationId, JobState, Report
@@ -256,7 +256,7 @@ class Coordinator:
         self._apply(engine.on_poll(self._state, slot, agent, time.monotonic()))
         self._attach(request.connection, slot, agent)
         # Unequal, not above: an agent may still know the number of another coordinator.
-        await _until(lambda: order_version(self._state) != after, self._orders, ORDER_POLL_S)
+        await _until(lambda: self._state.order_version != after, self._orders, ORDER_POLL_S)
         self._apply(
             engine.on_poll(self._state, slot, agent, time.monotonic())
         )  # refused if replaced meanwhile

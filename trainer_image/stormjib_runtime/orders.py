@@ -41,11 +41,6 @@ ADDRESS_CHARS = 64
 """Longer than any address and port."""
 
 
-def order_version(state: State) -> int:
-    """Grows with every change and with every coordinator, so that an agent never waits for a number long passed."""
-    return (state.incarnation << 40) + state.version
-
-
 def state_version(state: State) -> int:
     """Grows with every change that the operator may want to see at once."""
     return (state.incarnation << 40) + state.revision
@@ -119,7 +114,7 @@ def _order(
     return Order(
         protocol=PROTOCOL,
         incarnation=state.incarnation,
-        version=order_version(state),
+        version=state.order_version,
         do=do,
         generation=state.generation,
         store=store,
@@ -138,7 +133,7 @@ def _carry_on(state: State, agent: Agent) -> Order:
     return Order(
         protocol=PROTOCOL,
         incarnation=state.incarnation,
-        version=order_version(state),
+        version=state.order_version,
         do=do.get(report.phase, Do.WAIT) if report.generation else Do.WAIT,
         generation=report.generation,
         store=report.store,

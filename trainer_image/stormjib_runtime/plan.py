@@ -11,6 +11,7 @@ from stormjib_runtime.state import Running, State, Stop, member_agents
 from stormjib_runtime.wire import EXIT_STOPPED, AgentPhase, Bounds, Cause
 
 if TYPE_CHECKING:
+    from stormjib_runtime.state import Agent
     from stormjib_runtime.wire import RankState
 
 ANNOUNCE_S = 0.5
@@ -105,13 +106,14 @@ def is_over(state: State, stop: Stop, now: float) -> bool:
 
 
 def _all_stopped(state: State) -> bool:
-    return all(
-        agent is not None
-        and state.generation is not None
-        and agent.runs(state.generation)
-        and agent.report.phase is AgentPhase.STOPPED
-        for _, agent in member_agents(state)
-    )
+    return all(agent is not None and _has_stopped(state, agent) for _, agent in member_agents(state))
+
+
+def _has_stopped(state: State, agent: Agent) -> bool:
+    """Its ranks have ended as asked; or it never began, has obeyed the stop, and holds nothing."""
+    if state.generation is not None and agent.runs(state.generation):
+        return agent.report.phase is AgentPhase.STOPPED
+    return agent.report.generation is None and agent.report.order_version >= state.order_version
 
 
 def _left_early(state: State) -> bool:

@@ -188,6 +188,11 @@ class State:
         return agent if agent is not None and agent.report.agent == member.agent else None
 
     @property
+    def order_version(self) -> int:
+        """Grows with every change and with every coordinator, so that an agent never waits for a number long passed."""
+        return (self.incarnation << 40) + self.version
+
+    @property
     def members(self) -> tuple[Member, ...]:
         return self.generation.members if self.generation else ()
 

@@ -239,6 +239,20 @@ def test_suspend_stops_at_a_step_and_resume_goes_on() -> None:
     assert world.job().phase is JobPhase.STARTING
 
 
+def test_a_member_that_never_began_has_nothing_to_stop() -> None:
+    world = World(bounds(2))
+    world.deliver(0)
+    world.deliver(1)  # from here on slot 1 does not hear that generation 1.1 runs
+    world.cut.add(1)
+    world.settle()
+    assert world.phase(0) is AgentPhase.RUNNING
+    world.cut.clear()
+    world.change(suspend=True)
+    world.pass_time(3)
+    assert world.agents[1].ran == []
+    assert world.job().phase is JobPhase.SUSPENDED, "before the stop's minute is over"
+
+
 def test_a_job_that_is_born_suspended_starts_when_it_is_resumed() -> None:
     world = World(bounds(2, suspend=True))
     world.settle()
