@@ -46,7 +46,7 @@ def take(state: State, bounds: Bounds, verdict: Verdict, now: float) -> tuple[St
     """
     before = _known(state, verdict)
     pods = _pods(state, verdict)
-    if verdict.confidence >= SURE and (before is None or before.confidence < SURE):
+    if _strikes(verdict) and (before is None or not _strikes(before)):
         state = replace(state, strikes=_struck(state, pods))
     action = _action(state, bounds, verdict, pods)
     state = noted(state, verdict)
@@ -81,6 +81,11 @@ def renewed(state: State, bounds: Bounds) -> State:
         strikes={uid: count for uid, count in state.strikes.items() if uid in here},
         most=None if resized else state.most,
     )
+
+
+def _strikes(verdict: Verdict) -> bool:
+    """It is held against a node: it stopped the job, or a check has confirmed it. A shared machine slows many a rank for a while."""
+    return verdict.confidence >= SURE and (verdict.confirmed or verdict.syndrome in _CAUSES)
 
 
 def _known(state: State, verdict: Verdict) -> Verdict | None:

@@ -83,7 +83,7 @@ class Track:
             rtt_s=one.rtt_us / 1e6,
             rto_s=one.rto_us / 1e6,
             backoff=one.backoff,
-            unacked=one.unacked,
+            unacked=one.unacked or int(one.blocked),
             last_ack_s=one.last_ack_ms / 1e3,
             unread=one.unread,
             unsent=one.unsent,

@@ -12,7 +12,8 @@ IDLE_SHARE = 0.05
 """Below this share of a core a process does nothing worth the name."""
 WINDOW_S = 0.5
 """CPU use is judged over at least this long: the kernel counts in ticks of 10 ms."""
-HALTED = frozenset("TtZD")
+STOPPED = frozenset("Tt")
+HALTED = STOPPED | frozenset("ZD")
 """States in which a process does not run and no event of its own wakes it; D may also be a short wait for a device."""
 
 
@@ -48,6 +49,7 @@ class Watch:
     def __init__(self) -> None:
         self._state = "R"
         self._state_since: float | None = None
+        self._ticks = 0
         self._window: tuple[float, int] | None = None
         self._idle_since: float | None = None
 
@@ -55,11 +57,15 @@ class Watch:
         """Take one more sample; what is known now."""
         if stat.state not in HALTED:
             self._state_since = None
-        elif self._state_since is None or stat.state != self._state:
+        elif self._state_since is None or stat.state != self._state or self._ran(stat):
             self._state_since = now
-        self._state = stat.state
+        self._state, self._ticks = stat.state, stat.ticks
         self._judge_use(now, stat.ticks)
         return Activity(stat.state, _since(now, self._state_since), _since(now, self._idle_since))
+
+    def _ran(self, stat: Stat) -> bool:
+        """It is stopped now as it was before, and ran in between: somebody stops it again and again."""
+        return stat.state in STOPPED and stat.ticks != self._ticks
 
     def _judge_use(self, now: float, ticks: int) -> None:
         if self._window is None:

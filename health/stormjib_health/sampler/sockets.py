@@ -29,6 +29,8 @@ _ATTRIBUTE = struct.Struct("=HH")  # struct rtattr: length, type
 _MESSAGE = struct.Struct("=BB2x48s4xII4xI")  # struct inet_diag_msg: family, state, id, rqueue, wqueue, inode
 _TCP_INFO = struct.Struct("=4xB3xI12xI28xI8xI56xQ32xQ24xQQ")
 """Backoff, rto, unacked, last_ack_recv, rtt, bytes_received, busy_time, bytes_sent, bytes_retrans."""
+_WINDOW = struct.Struct("=12xI")
+"""snd_wnd, three counts after those; Linux 5.4 or newer."""
 _ONE = struct.Struct("=BBBBI48s")  # struct inet_diag_req_v2
 _ALL = struct.Struct(
     "=4B48sII"
@@ -66,6 +68,14 @@ class Socket(NamedTuple):
     sent: int
     """Bytes, repeated ones included."""
     retransmitted: int
+    window: int = 0
+    """Bytes that the peer would take now; 0 where it takes none, or the kernel does not say."""
+
+    @property
+    def blocked(self) -> bool:
+        """There is something to send, the peer would take it, and nothing leaves: this end has no way out, as when its own
+        cable is pulled. A peer that is stopped closes its window instead."""
+        return bool(self.backoff and self.unsent and self.window) and not self.unacked
 
     @property
     def local(self) -> str:
@@ -140,7 +150,10 @@ def _socket(data: bytes | memoryview, at: int, end: int) -> Socket | None:
     info = _find(data, at + _MESSAGE.size, end, _INFO)
     if state != _ESTABLISHED or not inode or info is None or info[1] - info[0] < _TCP_INFO.size:
         return None
-    return Socket(inode, family, identity, unread, unsent, *_TCP_INFO.unpack_from(data, info[0]))
+    newer = info[0] + _TCP_INFO.size
+    window = _WINDOW.unpack_from(data, newer)[0] if newer + _WINDOW.size <= info[1] else 0
+    counts = (*_TCP_INFO.unpack_from(data, info[0]), window)
+    return Socket(inode, family, identity, unread, unsent, *counts)
 
 
 def _find(data: bytes | memoryview, at: int, end: int, wanted: int) -> tuple[int, int] | None:

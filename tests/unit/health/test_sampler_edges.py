@@ -41,6 +41,14 @@ def test_trouble_is_told_although_nothing_moved(trouble: dict[str, int]) -> None
     assert len(edges.edges(10.2, 0.2)) == 1
 
 
+def test_what_cannot_leave_this_node_counts_as_in_flight_and_a_closed_window_does_not() -> None:
+    edges = Edges()
+    stuck = {"backoff": 2, "unsent": 96, "unacked": 0}
+    edges.take(10.0, [(0, connection(7)), (0, connection(8))])
+    edges.take(10.2, [(0, connection(7, window=65_535, **stuck)), (0, connection(8, window=0, **stuck))])
+    assert {edge.local: edge.unacked for edge in edges.edges(10.2, 0.2)} == {"10.0.0.1:7": 1, "10.0.0.1:8": 0}
+
+
 def test_a_rank_that_takes_nothing_for_three_samples_does_not_run() -> None:
     edges = Edges()
     for sample in range(1, STUCK_SAMPLES):

@@ -44,6 +44,14 @@ def test_a_stopped_process_ages_and_a_running_one_does_not() -> None:
     assert watch.sample(14.0, Stat(1, "S", 0, 0)).state_age_s == 0.0
 
 
+def test_a_process_that_is_stopped_again_and_again_and_runs_in_between_is_not_stopped() -> None:
+    watch = Watch()
+    watch.sample(10.0, Stat(1, "T", 0, 50))
+    assert watch.sample(10.2, Stat(1, "T", 0, 50)).state_age_s == pytest.approx(0.2)
+    assert watch.sample(10.4, Stat(1, "T", 0, 51)).state_age_s == 0.0
+    assert watch.sample(10.6, Stat(1, "T", 0, 51)).state_age_s == pytest.approx(0.2)
+
+
 def test_idle_time_grows_while_no_cpu_is_used_and_ends_with_its_use() -> None:
     watch = Watch()
     ticks = os.sysconf("SC_CLK_TCK")
