@@ -127,7 +127,7 @@ def _one(lab: Lab, one: draws.Trial) -> Record | None:
     try:
         return trial.run(lab, one)
     except (FaultError, OSError) as error:
-        print(f"{one.id}: {error}", flush=True)
+        print(f"{one.id}: {str(error)[:300]}", flush=True)
         return None
 
 

@@ -63,10 +63,20 @@ def _case(case: str, some: list[Judged]) -> list[Row]:
     steps = [float(one.steps) for _, one in some if one.steps >= 0]
     if steps:
         found.append(_times("steps_p95", case, steps, 0.95, "steps"))
+    noticed = [float(count) for record, _ in some if (count := noticed_steps(record)) >= 0]
+    if noticed:
+        found.append(_times("noticed_steps_p95", case, noticed, 0.95, "steps"))
     restarts = sum(len(record.restarts) for record, _ in some if record.truth.harmless)
     if any(record.truth.harmless for record, _ in some):
         found.append(_plain("restarts", case, OURS, restarts, len(some), "restarts"))
     return found
+
+
+def noticed_steps(record: Record) -> int:
+    """Steps from the injection to the first word of the true syndrome, however unsure: checks may follow. -1 without one."""
+    said = (verdict.at_s for verdict in record.verdicts if verdict.syndrome == record.truth.syndrome)
+    first = next(said, None)
+    return -1 if first is None else traces.steps_until(traces.unpack(record.trace), first)
 
 
 def _whole(judged: list[Judged], end: str) -> list[Row]:

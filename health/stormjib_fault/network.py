@@ -101,10 +101,11 @@ class Partition(Rules):
 class LossIn(Rules):
     """Packets to a node are lost with the probability `severity`.
 
-    They are packets as a wire has them: the switch cuts the 64 KiB pieces in which virtual cables hand data on.
+    They are packets as a wire has them: the switch cuts the 64 KiB pieces in which virtual cables hand data on. Between two
+    ranks alone so few pass that a loss either slows nothing or stops everything.
     """
 
-    name, row, severities = "loss-node", "F11", (0.01, 0.06)
+    name, row, severities, least_ranks = "loss-node", "F11", (0.05, 0.1), 4
 
     def truth(self) -> Truth:
         return self.node_truth(words.COMMUNICATION_SLOW)
@@ -189,9 +190,12 @@ class Flapping(LinkDown):
     UP_S: ClassVar[float] = 2.0
 
     def truth(self) -> Truth:
-        """Nobody need be named; whoever is named must be this node."""
-        named = self.node_truth(words.NONE).answers
-        return Truth(words.NONE, words.JOB, answers=named, slots=(self.victim.slot,))
+        """Nobody need be named; whoever is named must be this node, or a link of it."""
+        slot = self.victim.slot
+        others = {place.slot for place in self.world.ranks} - {slot}
+        links = (words.Answer(words.LINK, tuple(sorted((slot, other)))) for other in sorted(others))
+        named = (words.Answer(words.NODE, (slot,)), *links)
+        return Truth(words.NONE, words.JOB, answers=named, slots=(slot,))
 
     def arm(self) -> None:
         super().arm()

@@ -113,8 +113,6 @@ class Timing:
     """Which collective of the group, counted from 1."""
     wait_s: float
     """From issue to end. Whoever comes last waits least."""
-    gap_s: float = 0.0
-    """From the rank's previous call, in any group, to this one: its own work."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +125,11 @@ class RankSample:
     step_age_s: float = 0.0
     steps_s: tuple[float, ...] = ()
     """Durations of the steps finished since the last sample, at most 8, the newest last."""
+    own_s: tuple[float, ...] = ()
+    """Of the same steps, the rank's own work as far as it is known: from an end that was taken to the next call. Nobody
+    else has a part in it, as in a wait."""
+    steps_to: int = -1
+    """Number of the newest of these steps: the rank's records tell of a step with the first call of the next."""
     phase: int = 0
     """`Phase`."""
     phase_age_s: float = 0.0
@@ -169,7 +172,7 @@ class Edge:
     backoff: int = 0
     """How often in a row the retransmission timer has expired."""
     unacked: int = 0
-    """Segments in flight."""
+    """Segments in flight; 1 where there should be some, and they cannot even leave this node."""
     last_ack_s: float = 0.0
     unread: int = 0
     """Bytes received that the rank has not taken."""
@@ -288,12 +291,14 @@ class Answer:
     id: int
     ok: bool
     seconds: float = 0.0
-    """TRANSFER: for the bursts; COMPUTE: for the product, by the clock."""
+    """TRANSFER: for the bursts, all as quick as the quickest; COMPUTE: for the product, by the clock."""
     cpu_s: float = 0.0
     """COMPUTE on a CPU: processor time of the product, which neighbours on a shared core lengthen less."""
     bytes: int = 0
+    again: int = 0
+    """TRANSFER: segments that were sent more than once."""
     rtt_s: float = 0.0
-    """Median of the pings."""
+    """The shortest of the pings."""
     digest: str = ""
     """COMPUTE: of the result's bits."""
     versions: str = ""

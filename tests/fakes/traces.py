@@ -116,7 +116,6 @@ class Issue:
     end: float
     call: Call
     timed: bool
-    gap: float
 
 
 class Person:
@@ -130,7 +129,11 @@ class Person:
         self.newest: dict[int, Issue] = {}
         self.last_issue: Issue | None = None
         self.timed: list[Issue] = []
-        self.steps: deque[tuple[float, int, float]] = deque()
+        self.steps: deque[tuple[float, int, float, float]] = deque()
+        """(end, number, seconds, of these own work that is known)."""
+        self.own = 0.0
+        self.free = False
+        """The end of its last call is taken, so what comes before the next one is known for own work."""
         self.phases: deque[tuple[float, int]] = deque()
         self.phase, self.phase_at = 0, 0.0
         self.step = -1
@@ -139,6 +142,11 @@ class Person:
         self.sent: dict[int, int] = {}
         self.received: dict[int, int] = {}
         self.told: dict[int, tuple[int, int, int]] = {}
+
+    def works(self, until: float, *, known: bool) -> None:
+        """It comes to a call, whose end is `known` or not."""
+        self.own += until - self.time if self.free else 0.0
+        self.free = known
 
 
 class Trace:
@@ -256,7 +264,9 @@ class Trace:
                     self._collective(ring, op, position, lucky)
         for person in self.people:
             if person.time < NEVER:
-                person.steps.append((person.time, self._steps, person.time - person.step_began))
+                lasted = person.time - person.step_began
+                person.steps.append((person.time, self._steps, lasted, person.own))
+                person.own = 0.0
         first = self.people[0]
         if first.time < NEVER:
             self.durations.append((first.time, first.time - first.step_began))
@@ -385,7 +395,8 @@ class Trace:
             ring.group.key, number, int(op.kind), signature=signature, signed=number if signature else 0,
             sent=person.sent.get(ring.group.key, 0), received=person.received.get(ring.group.key, 0),
         )  # fmt: skip
-        person.issues.append(Issue(at, end, call, op.timed, at - person.time))
+        person.issues.append(Issue(at, end, call, op.timed))
+        person.works(at, known=op.timed)
         person.time = end
 
     def _send(self, ring: Ring, op: Op) -> None:
@@ -417,7 +428,8 @@ class Trace:
         inside = self.fault.kind == "stop_inside" and person.rank == self.fault.rank and kind is Kind.RECV
         if inside and at <= self.fault.at < end:
             person.halted_at, end = self.fault.at, NEVER
-        person.issues.append(Issue(at, end, call, False, 0.0))
+        person.issues.append(Issue(at, end, call, False))
+        person.works(at, known=False)
         person.time = end
 
     # --- connections ---
@@ -498,7 +510,7 @@ class Trace:
                 person.last_issue.end += seconds
             for issue in person.issues:
                 issue.at, issue.end = issue.at + seconds, issue.end + seconds
-            person.steps = deque((at + seconds, step, took + seconds) for at, step, took in person.steps)
+            person.steps = deque((at + seconds, n, took + seconds, own) for at, n, took, own in person.steps)
 
     # --- the agents ---
 
@@ -532,7 +544,7 @@ class Trace:
         self._advance(person, now)
         steps = []
         while person.steps and person.steps[0][0] <= now:
-            _, person.step, seconds = person.steps.popleft()
+            _, person.step, *seconds = person.steps.popleft()
             steps.append(seconds)
         while person.phases and person.phases[0][0] <= now:
             person.phase_at, person.phase = person.phases.popleft()
@@ -543,7 +555,8 @@ class Trace:
         person.timed = [issue for issue in person.timed if issue.end > now]
         quota = kind == "quota" and person.rank == self.fault.rank and now >= self.fault.at
         return RankSample(
-            person.rank, person.step, 0.0, tuple(steps[-8:]), person.phase, now - person.phase_at,
+            person.rank, person.step, 0.0, tuple(lasted for lasted, _ in steps[-8:]), tuple(own for _, own in steps[-8:]),
+            person.step if steps else -1, person.phase, now - person.phase_at,
             state if halted else "S",
             now - person.halted_at if halted and state in "TD" else 0.0, self._idle(person, now),
             "hrtimer_nanosleep" if halted else "futex_wait_queue", 1 if halted and state == "T" else 0,
@@ -590,15 +603,15 @@ class Trace:
                 else Edge(line.source, line.local, line.remote)
             )
             if size or edge.unacked:
-                listed.append(self._counted(edge, line, size, min(busy, over), now))
+                listed.append(self._counted(edge, line, size, busy, over, now))
         return tuple(sorted(listed, key=lambda e: -e.sent))
 
-    def _counted(self, edge: Edge, line: Line, size: float, busy: float, now: float) -> Edge:
+    def _counted(self, edge: Edge, line: Line, size: float, busy: float, over: float, now: float) -> Edge:
         a, b = self._slots(line)
         queue = (self.rate(a, b, now) + self.rate(b, a, now) - 2) * 0.005
         lost = 0.03 if self.fault.kind == "loss" and self.rate(a, b, now) > 1 else 0.0
         return replace(
-            edge, sent=int(size), busy_s=busy, retransmitted=int(size * lost),
+            edge, sent=int(size), busy_s=min(busy, over), over_s=over, retransmitted=int(size * lost),
             rtt_s=edge.rtt_s or RTT_S * self.random.uniform(0.7, 1.5) + queue, rto_s=edge.rto_s or 0.2,
         )  # fmt: skip
 
@@ -634,4 +647,4 @@ class Trace:
 
 
 def _timing(issue: Issue) -> Timing:
-    return Timing(issue.call.group, issue.call.issued, issue.end - issue.at, issue.gap)
+    return Timing(issue.call.group, issue.call.issued, issue.end - issue.at)

@@ -17,7 +17,7 @@ import hashlib
 import hmac
 import ipaddress
 import socket
-import statistics
+import struct
 import time
 from dataclasses import dataclass, field
 
@@ -36,6 +36,8 @@ CONNECTIONS = 16
 GREET_S = 0.5
 """How long a connection may take to say its token."""
 CONNECTION_S = 2.0
+_RETRANSMITTED = struct.Struct("=100xI")
+"""tcpi_total_retrans of struct tcp_info."""
 _WELCOME, _PING, _BURST, _ARRIVED = b"K", b"P", b"B", b"A"
 _PAYLOAD = _BURST + bytes(range(256)) * (BURST_BYTES // 256)
 
@@ -175,8 +177,9 @@ def _listening() -> socket.socket:
 async def measure(peer: str, token: str, limit_s: float = LIMIT_S) -> Answer:
     """Measure the path to `peer` (`host:port`). Always answers within `limit_s` and LIMIT_S, whatever the peer does.
 
-    The answer (its `id` is 0) is `ok` once bytes have arrived: `seconds` and `bytes` of the bursts so far, `rtt_s` the
-    median of the pings so far. `text` says what was cut off, or why nothing was measured.
+    The answer (its `id` is 0) is `ok` once bytes have arrived: `bytes` of the bursts so far, `seconds` that they would have
+    taken had all been as quick as the quickest, `rtt_s` the shortest of the pings: a busy processor or a queue spoils one of
+    them, a slow path all. `text` says what was cut off, or why nothing was measured.
     """
     limit_s = max(0.0, min(limit_s, LIMIT_S))
     found = _Found()
@@ -201,16 +204,19 @@ class _Found:
 
     doing: str = "connection to"
     pings: list[float] = field(default_factory=list)
-    seconds: float = 0.0
+    bursts: list[float] = field(default_factory=list)
+    """Seconds of each that arrived."""
+    unfinished_s: float = 0.0
     bytes: int = 0
+    again: int = 0
 
     def answer(self, problem: str) -> Answer:
         if problem and self.doing == "transfer to":
             problem += f": {self.bytes} of {BURSTS * BURST_BYTES} bytes, {len(self.pings)} of {PINGS} pings"
-        rtt = statistics.median(self.pings) if self.pings else 0.0
-        return Answer(
-            0, ok=self.bytes > 0, seconds=self.seconds, bytes=self.bytes, rtt_s=rtt, text=problem[:512]
-        )
+        seconds = len(self.bursts) * min(self.bursts, default=0.0) + self.unfinished_s
+        rtt = min(self.pings, default=0.0)
+        ok, text = self.bytes > 0, problem[:512]
+        return Answer(0, ok, seconds, bytes=self.bytes, again=self.again, rtt_s=rtt, text=text)
 
 
 async def _measure(host: str, port: int, token: str, ping_s: float, found: _Found) -> None:
@@ -226,7 +232,14 @@ async def _measure(host: str, port: int, token: str, ping_s: float, found: _Foun
         for _ in range(BURSTS):
             await _burst(reader, writer, found)
     finally:
+        found.again = _sent_again(writer.get_extra_info("socket"))
         writer.transport.abort()
+
+
+def _sent_again(connection: socket.socket) -> int:
+    """Segments that the kernel has sent more than once: what is lost shows here, however quick the best burst was."""
+    info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _RETRANSMITTED.size)
+    return int(_RETRANSMITTED.unpack(info)[0]) if len(info) == _RETRANSMITTED.size else 0
 
 
 async def _ping(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, found: _Found) -> None:
@@ -244,4 +257,6 @@ async def _burst(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, fou
             await reader.readexactly(1)
             found.bytes += CHUNK
     finally:
-        found.seconds += time.monotonic() - begin
+        found.unfinished_s = time.monotonic() - begin  # of one that is cut off it counts how far it came
+    found.bursts.append(found.unfinished_s)
+    found.unfinished_s = 0.0

@@ -13,6 +13,12 @@ NORMAL = 1.4826
 """MAD times this is the standard deviation, where the noise is normal."""
 
 
+LEARNED = 8
+"""Values below which a mean says nothing."""
+FORGET = 0.05
+OUTLIER = 5.0
+
+
 def median(values: Iterable[float]) -> float:
     """The middle one, or between the two middle ones; 0 of nothing."""
     ordered = sorted(values)
@@ -52,6 +58,12 @@ class Baseline:
         self._values.extend(values)
         self._stale = True
 
+    def forget_oldest(self) -> None:
+        """Keep only as many as are needed: what is normal has changed, and half of them will show it soon."""
+        while len(self._values) > self._needed:
+            self._values.popleft()
+        self._stale = True
+
     def __len__(self) -> int:
         return len(self._values)
 
@@ -87,6 +99,23 @@ class Baseline:
             self._centre = median(self._values)
             self._spread = mad(self._values, self._centre)
             self._stale = False
+
+
+class Mean:
+    """What is usual: a mean that forgets slowly."""
+
+    __slots__ = ("count", "value")
+
+    def __init__(self) -> None:
+        self.value = 0.0
+        self.count = 0
+
+    def add(self, value: float) -> None:
+        """One more healthy value. A pause (a stopped machine) counts at most a few times the mean."""
+        self.count += 1
+        if self.count > LEARNED:
+            value = min(value, OUTLIER * self.value + 0.01)
+        self.value += max(FORGET, 1 / self.count) * (value - self.value)
 
 
 class Cusum:

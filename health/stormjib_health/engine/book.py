@@ -62,7 +62,7 @@ class RankBook:
 
     __slots__ = (
         "calls", "dead_since", "disk_since", "excused_at", "exit", "idle_since", "phase", "phase_since", "process", "rank",
-        "slot", "stack", "step", "throttled", "unread", "wchan",
+        "slot", "stack", "step", "throttled", "throttled_usually", "unread", "wchan",
     )  # fmt: skip
 
     def __init__(self, rank: int, slot: int) -> None:
@@ -81,6 +81,8 @@ class RankBook:
         self.unread = 0
         self.throttled = 0.0
         """Part of the time in which the processor was refused, recent samples weighing most."""
+        self.throttled_usually = 0.0
+        """The same over many seconds."""
         self.stack = ""
         self.exit: int | None = None
         self.calls: dict[int, Standing] = {}
@@ -100,6 +102,7 @@ class RankBook:
         self.idle_since = now - seen.idle_s if seen.idle_s > 0 else None
         part = min(1.0, seen.throttled_s / over_s) if over_s > 0 else 0.0
         self.throttled += 0.3 * (part - self.throttled)
+        self.throttled_usually += 0.01 * (part - self.throttled_usually)
 
 
 class Book:

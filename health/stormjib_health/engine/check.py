@@ -55,6 +55,7 @@ def check_answer(answer: Answer) -> None:
     _seconds("cpu_s", answer.cpu_s)
     _seconds("rtt_s", answer.rtt_s)
     _count("bytes", answer.bytes)
+    _count("again", answer.again)
     _at_most("digest", answer.digest, 256)
     _at_most("versions", answer.versions, 1024)
     _at_most("text", answer.text, STACK)
@@ -68,11 +69,15 @@ def _check_rank(rank: RankSample) -> None:
     if rank.process not in STATES:
         raise Malformed(f"process is {rank.process[:8]!r}; wanted one state letter of /proc/PID/stat")
     _count("step", rank.step + 1)
+    _count("steps_to", rank.steps_to + 1)
     _count("unread", rank.unread)
     for name in ("step_age_s", "phase_age_s", "process_age_s", "idle_s", "throttled_s"):
         _seconds(name, getattr(rank, name))
-    for step in rank.steps_s:
+    if len(rank.own_s) != len(rank.steps_s):
+        raise Malformed(f"own_s holds {len(rank.own_s)} items; steps_s holds {len(rank.steps_s)}")
+    for step, own in zip(rank.steps_s, rank.own_s, strict=True):
         _seconds("steps_s", step)
+        _seconds("own_s", own)
     for call in rank.calls:
         _check_call(call)
     for timing in rank.timings:
@@ -88,11 +93,10 @@ def _check_call(call: Call) -> None:
 
 
 def _check_timing(timing: Timing) -> None:
-    if 0 <= timing.number < MANY and 0.0 <= timing.wait_s <= LONG_S and 0.0 <= timing.gap_s <= LONG_S:
+    if 0 <= timing.number < MANY and 0.0 <= timing.wait_s <= LONG_S:
         return  # thousands a second: told apart only where something is wrong
     _count("number", timing.number)
     _seconds("wait_s", timing.wait_s)
-    _seconds("gap_s", timing.gap_s)
 
 
 def _check_edge(edge: Edge) -> None:

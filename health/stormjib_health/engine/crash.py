@@ -33,6 +33,12 @@ PROGRAM = re.compile(
 """Errors that a device cannot cause. RuntimeError is not among them: torch reports devices by it."""
 
 
+MISMATCH = re.compile(
+    r"op\.preamble\.length <= op\.nbytes|detected mismatch between collectives", re.IGNORECASE
+)
+"""What a rank says that was sent something else than it had called for. Words of Gloo and torch."""
+
+
 @dataclass(frozen=True)
 class Exit:
     """One rank that ended and should not have."""
@@ -88,6 +94,9 @@ class Crash:
 
     def _of_root(self, roots: list[Exit], now: float) -> Verdict:
         accused = self._accused()
+        odd = next((exit for exit in roots if MISMATCH.search(exit.lines)), None)
+        if odd is not None:
+            return self._of_mismatch(odd, now)
         root = max(roots, key=lambda exit: accused[exit.rank])  # the first of several equals
         how = f"was ended by signal {root.signal}" if root.signal else f"ended with code {root.code}"
         others = len(self._exits) - len(roots)
@@ -98,6 +107,14 @@ class Crash:
             self._book, Syndrome.CRASH, Scope.RANK, (root.rank,), confidence=sure, sentence=sentence,
             evidence=self._rows(root.rank), confirmed=True, software=_program(root),
             lasted_s=now - root.at, stack=root.lines if not root.signal else "",
+        )  # fmt: skip
+
+    def _of_mismatch(self, root: Exit, now: float) -> Verdict:
+        """It was told more than it had asked for: of the two, nobody can say which called the wrong thing."""
+        return words.verdict(
+            self._book, Syndrome.DESYNC, Scope.JOB, (), confidence=0.9, software=True, lasted_s=now - root.at,
+            sentence=f"rank {root.rank} was sent something else than it had called for, and ended",
+            evidence=self._rows(root.rank),
         )  # fmt: skip
 
     def _of_victims(self, now: float) -> Verdict:

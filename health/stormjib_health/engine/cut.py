@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from stormjib_health.engine import corners, words
-from stormjib_health.engine.corners import Part
+from stormjib_health.engine import sweep, words
 from stormjib_health.engine.edges import cover
+from stormjib_health.engine.sweep import Outcome, Part
 from stormjib_health.wire import Evidence, Scope, Syndrome, Verdict
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ class Cut:
     def __init__(self, book: Book, checks: Checks) -> None:
         self._book = book
         self._checks = checks
-        self._corners: corners.Corners | None = None
+        self._link: tuple[int, int] | None = None
         self._round: Round | None = None
         self._sweep: Round | None = None
 
@@ -62,14 +62,13 @@ class Cut:
         if len(quiet) == 1:
             sentence = f"nothing reaches slot {quiet[0]}, and its agent is silent"
             return self._node(quiet[0], 0.8, sentence, rows, False, lasted_s)
-        outcome = self._four_corners(a, b, now)
-        if outcome and outcome.part in (Part.SENDER, Part.RECEIVER):
-            slot = a if outcome.part is Part.SENDER else b
-            sentence = f"no burst gets through {outcome.part.value} of slot {slot}, to whomever"
-            return self._node(slot, outcome.sure, sentence, rows, True, lasted_s)
+        outcome = self._bursts(a, b, now)
+        if outcome and outcome.part is Part.NODE:
+            sentence = f"no burst gets through {outcome.side} of slot {outcome.slots[0]}, to whomever"
+            return self._node(outcome.slots[0], outcome.sure, sentence, rows, True, lasted_s)
         sure, confirmed = 0.7, False
         if outcome and outcome.part is Part.LINK:
-            sure, confirmed = outcome.sure, outcome.sure > 0.5
+            sure, confirmed = outcome.sure, outcome.sure > 0.6
         elif outcome and outcome.part is Part.NOTHING:
             sure = 0.5
         sentence = f"what rank {bad.source} sends to rank {bad.target} is not acknowledged; all ranks have entered the call"
@@ -78,14 +77,15 @@ class Cut:
             sentence=sentence, evidence=rows, lasted_s=lasted_s,
         )  # fmt: skip
 
-    def _four_corners(self, a: int, b: int, now: float) -> corners.Outcome | None:
-        if self._round is None or self._corners is None:
-            healthy = [slot for slot in self._book.slots if self._heard(slot, now)]
-            self._corners = corners.choose(a, b, healthy)
-            self._round = self._checks.transfers(self._corners.pairs(), now)
-        if not self._round.over(now) or {a, b} != {self._corners.a, self._corners.b}:
+    def _bursts(self, a: int, b: int, now: float) -> Outcome | None:
+        """What bursts round the link say; None until they have run."""
+        if self._round is None:
+            healthy = [slot for slot in sorted(self._book.slots) if self._heard(slot, now)]
+            self._link = (a, b)
+            self._round = self._checks.transfers(sweep.pairs([(a, b)], healthy), now)
+        if not self._round.over(now) or {a, b} != set(self._link or ()):
             return None
-        return corners.judge(self._corners, self._round.transfers(), self._book.limits)
+        return sweep.judge(self._round.transfers(), self._book.limits)
 
     def of_nothing(self, found: Standstill, now: float, lasted_s: float) -> Verdict | None:
         """No connection shows anything: try the links of the group, then say that nobody is known. None: not yet."""

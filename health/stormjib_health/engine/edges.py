@@ -30,15 +30,15 @@ class End:
 
     def __init__(self, edge: Edge) -> None:
         self.rank, self.local, self.remote = edge.rank, edge.local, edge.remote
-        self.base = [0.0, 0.0, 0.0]
-        """Seconds busy, bytes sent, bytes repeated: decayed sums of healthy time."""
-        self.now = [0.0, 0.0, 0.0]
+        self.base = [0.0, 0.0, 0.0, 0.0]
+        """Seconds busy, bytes sent, bytes repeated, seconds that passed: decayed sums of healthy time."""
+        self.now = [0.0, 0.0, 0.0, 0.0]
         self.newest = edge
         self.samples = 0
 
     def take(self, edge: Edge, frozen: bool) -> None:
         """Counts since the last sample."""
-        news = (edge.busy_s, float(edge.sent), float(edge.retransmitted))
+        news = (edge.busy_s, float(edge.sent), float(edge.retransmitted), edge.over_s)
         self.now = [old * KEEP_RECENT + new for old, new in zip(self.now, news, strict=True)]
         if not frozen:
             self.base = [old * KEEP_BASE + new for old, new in zip(self.base, news, strict=True)]
@@ -47,11 +47,21 @@ class End:
 
     def factor(self) -> float:
         """Time per byte over what it was, losses counted in; 1.0 where nothing can be said."""
-        (busy, sent, lost), (busy0, sent0, lost0) = self.now, self.base
+        (busy, sent, lost, _), (busy0, sent0, lost0, _) = self.now, self.base
         if min(busy, sent, busy0, sent0) <= 0:
             return 1.0
         losses = max(0.0, lost / sent - lost0 / sent0)
         return (busy / sent) / (busy0 / sent0) * (1 + LOSS_WEIGHT * losses)
+
+    @property
+    def rate(self) -> float:
+        """Bytes sent a second, of late."""
+        return self.now[1] / self.now[3] if self.now[3] > 0 else 0.0
+
+    def lost(self) -> float:
+        """Part of the time in which it is busy, and would not be at what its bytes used to cost."""
+        (busy, sent, _, over), (busy0, sent0, _, _) = self.now, self.base
+        return (busy - sent * busy0 / sent0) / over if over > 0 and sent0 > 0 else 0.0
 
 
 @dataclass(frozen=True)
@@ -62,6 +72,8 @@ class Heat:
     """Rank that sends."""
     target: int
     factor: float
+    lost: float
+    """Part of the time."""
     end: End
 
 
@@ -150,7 +162,7 @@ class Edges:
                 continue
             target = self._peer(end)
             if target is not None and self._slot_of[target] != self._slot_of[end.rank]:
-                known.append(Heat(end.rank, target, end.factor(), end))
+                known.append(Heat(end.rank, target, end.factor(), end.lost(), end))
         return self._hot(known), len(known)
 
     def _hot(self, known: list[Heat]) -> list[Heat]:

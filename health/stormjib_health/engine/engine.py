@@ -12,6 +12,7 @@ from stormjib_health.engine.edges import Edges
 from stormjib_health.engine.hang import Hang
 from stormjib_health.engine.late import Late
 from stormjib_health.engine.ledger import Ledger
+from stormjib_health.engine.own import Own
 from stormjib_health.engine.pace import Pace
 from stormjib_health.engine.report import Findings, Malformed
 from stormjib_health.engine.slow import Slow
@@ -37,10 +38,11 @@ class Engine:
         self._checks = Checks(thresholds)
         self._pace = Pace(self._book)
         self._late = Late(self._book)
+        self._own = Own(self._book)
         self._corrupt = Corrupt(self._book)
         self._crash = Crash(self._book, self._edges)
         self._hang = Hang(self._book, self._edges, self._pace, self._checks)
-        self._slow = Slow(self._book, self._edges, self._pace, self._late, self._checks)
+        self._slow = Slow(self._book, self._edges, self._pace, self._late, self._own, self._checks)
         self._ledger = Ledger()
 
     # --- in ---
@@ -53,7 +55,8 @@ class Engine:
         self._book.clock(now)
         if not self._book.take(sample, now):
             return
-        self._edges.frozen = self._late.frozen = self._pace.uneasy or self._hang.since is not None
+        frozen = self._pace.uneasy or self._hang.since is not None
+        self._edges.frozen = self._late.frozen = self._own.frozen = frozen
         self._edges.take(sample, now)
         self._corrupt.take(sample.findings, now)
         for seen in sample.ranks:
@@ -61,6 +64,7 @@ class Engine:
                 self._late.take(seen.rank, seen.timings, now)
             if seen.steps_s:
                 self._pace.take(seen, now)
+                self._own.take(seen, now)
 
     def exited(self, rank: int, code: int, last_lines: str, now: float) -> None:
         """A rank has ended, though nobody told it to. `code` as `wait` gives it: negative for a signal."""

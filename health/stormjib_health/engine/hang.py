@@ -66,7 +66,8 @@ class Hang:
         step = limits.hang_steps * max(self._pace.steps.centre, self._pace.recent)
         known = max(limits.hang_floor_s, step, limits.hang_factor * peaks.centre)
         if not peaks.ready:
-            return max(known, limits.hang_unsure_s, limits.hang_factor * peaks.top)
+            unsure = limits.hang_unsure_s * (1 - len(peaks) / limits.baseline_steps)
+            return max(known, unsure, limits.hang_factor * peaks.top)
         return max(known, peaks.centre + limits.hang_mads * peaks.spread)
 
     def _judge(self, now: float) -> Verdict | None:

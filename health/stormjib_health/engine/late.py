@@ -10,6 +10,8 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
+from stormjib_health.engine.baseline import LEARNED, Mean
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -21,11 +23,6 @@ KEEP = 16
 OPEN = 64
 """Calls whose ends are awaited, as agents of a large job are heard seconds apart; of an older one that half of the
 members have told, the half is taken."""
-LEARNED = 8
-"""Calls in the baseline below which a group says nothing."""
-FORGET = 0.05
-OUTLIER = 5.0
-"""A pause (a stopped machine) counts at most so many times the mean."""
 
 
 class Told(NamedTuple):
@@ -43,21 +40,16 @@ class Told(NamedTuple):
 class _Usual:
     """Means of one rank in one group."""
 
-    __slots__ = ("count", "gap", "late", "wait")
+    __slots__ = ("late", "off", "wait")
 
     def __init__(self) -> None:
-        self.late = self.wait = self.gap = 0.0
-        self.count = 0
+        self.late, self.wait, self.off = Mean(), Mean(), Mean()
 
-    def add(self, late: float, wait: float, gap: float) -> None:
-        self.count += 1
-        part = max(FORGET, 1 / self.count)
-        self.late += part * (self._tame(late, self.late) - self.late)
-        self.wait += part * (self._tame(wait, self.wait) - self.wait)
-        self.gap += part * (self._tame(gap, self.gap) - self.gap)
-
-    def _tame(self, value: float, mean: float) -> float:
-        return min(value, OUTLIER * mean + 0.01) if self.count > LEARNED else value
+    def add(self, late: float, wait: float) -> None:
+        self.late.add(late)
+        self.wait.add(wait)
+        if self.late.count > LEARNED:
+            self.off.add(abs(late - self.late.value) + abs(wait - self.wait.value))
 
 
 class _Group:
@@ -78,21 +70,12 @@ class Blame:
 
     late: dict[int, float] = field(default_factory=dict)
     """Seconds a step, more than usual, that the others waited for each rank, less what it waited itself."""
-    gap: dict[int, float] = field(default_factory=dict)
-    """Seconds a step, more than usual, of each rank's own work before the calls."""
-    work: dict[int, list[float]] = field(default_factory=dict)
-    """The same work, all of it, and what it usually comes to: seconds over all calls."""
+    noise: dict[int, float] = field(default_factory=dict)
+    """Of the seconds a step by which healthy calls would typically make each of them late: the square."""
     last: dict[int, Counter[int]] = field(default_factory=dict)
     """By group: how often each rank was last, of the calls in which somebody was late at all."""
-    grown: dict[int, Counter[int]] = field(default_factory=dict)
-    """By group: whose own work before a call had grown most."""
     longest: float = 0.0
     """Seconds a step that the latest rank of each call was late, whoever it was."""
-
-    def ratio(self, rank: int) -> float:
-        """Own work of a rank over what it was; 1 where nothing is known."""
-        now, usual = self.work.get(rank, (0.0, 0.0))
-        return now / usual if usual > 0 else 1.0
 
 
 class Late:
@@ -139,7 +122,7 @@ class Late:
         last, excess = -1, -1.0
         for rank, timing in timings.items():
             usual = group.usual.get(rank)
-            late = longest - timing.wait_s - (usual.late if usual else 0.0)
+            late = longest - timing.wait_s - (usual.late.value if usual else 0.0)
             if late > excess:
                 last, excess = rank, late
         group.told.append(Told(now, longest, last, excess, timings))
@@ -154,7 +137,7 @@ class Late:
             usual = group.usual.get(rank)
             if usual is None:
                 usual = group.usual[rank] = _Usual()
-            usual.add(told.longest - timing.wait_s, timing.wait_s, timing.gap_s)
+            usual.add(told.longest - timing.wait_s, timing.wait_s)
 
     def blame(self, since: float, least: float) -> Blame:
         """What the calls that were told after `since` say, per step; linear in what is kept.
@@ -166,7 +149,8 @@ class Late:
             told = [call for call in group.told if call.at >= since]
             if group.learned >= LEARNED and told:
                 steps = max(1.0, len(told) / self._calls_a_step(group))
-                blame.grown[key] = Counter(_weigh(group, call, blame, steps) for call in told)
+                for call in told:
+                    _weigh(group, call, blame, steps)
                 late = [call for call in told if call.excess >= least]
                 blame.last[key] = Counter(call.last for call in late)
                 blame.longest += sum(call.excess for call in late) / steps
@@ -177,20 +161,11 @@ class Late:
         return max(group.closed / steps, 1e-3) if steps > 0 else 1.0
 
 
-def _weigh(group: _Group, told: Told, blame: Blame, steps: float) -> int:
-    """Add one call; the rank whose work before it had grown most."""
-    most, whose = -1.0, -1
+def _weigh(group: _Group, told: Told, blame: Blame, steps: float) -> None:
+    """Add one call."""
     for rank, timing in told.timings.items():
         usual = group.usual.get(rank)
-        if usual is None:
-            continue
-        late = (told.longest - timing.wait_s - usual.late) - (timing.wait_s - usual.wait)
-        gap = timing.gap_s - usual.gap
-        blame.late[rank] = blame.late.get(rank, 0.0) + late / steps
-        blame.gap[rank] = blame.gap.get(rank, 0.0) + gap / steps
-        work = blame.work.setdefault(rank, [0.0, 0.0])
-        work[0] += timing.gap_s
-        work[1] += usual.gap
-        if gap > most:
-            most, whose = gap, rank
-    return whose
+        if usual is not None:
+            late = (told.longest - timing.wait_s - usual.late.value) - (timing.wait_s - usual.wait.value)
+            blame.late[rank] = blame.late.get(rank, 0.0) + late / steps
+            blame.noise[rank] = blame.noise.get(rank, 0.0) + (usual.off.value / steps) ** 2

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from stormjib_health.engine import corners, words
-from stormjib_health.engine.corners import Outcome, Part
+from stormjib_health.engine import sweep, words
 from stormjib_health.engine.edges import cover, log_heat
+from stormjib_health.engine.sweep import Outcome, Part
 from stormjib_health.wire import Evidence, Scope, Syndrome, Verdict
 
 if TYPE_CHECKING:
@@ -18,9 +18,7 @@ if TYPE_CHECKING:
     from stormjib_health.engine.pace import Pace
 
 SLOW = Syndrome.COMMUNICATION_SLOW
-
-BOTH_WAYS = 1.3
-"""Factors of the two directions of one link that differ by less are alike."""
+MOST_DOUBLED = 6
 
 
 class Links:
@@ -28,10 +26,13 @@ class Links:
 
     def __init__(self, book: Book, edges: Edges, pace: Pace, checks: Checks) -> None:
         self._book, self._edges, self._pace, self._checks = book, edges, pace, checks
-        self._corners: corners.Corners | None = None
         self._round: Round | None = None
-        self._suspect: Heat | None = None
         self._hot: list[Heat] = []
+        """The hottest first."""
+        self._next = 0
+        """Step of the slowdown from which bursts may be asked for again."""
+        self._said: list[Outcome] = []
+        """What the bursts have said so far."""
         self.nothing = False
         """The newest look found no hot connection."""
 
@@ -43,90 +44,98 @@ class Links:
     def look(self, now: float) -> Verdict | None:
         """What the connections say themselves, then, once bursts have run, what those say; None where nothing is new."""
         if self._round is not None:
-            return self._judge(now) if self._round.over(now) else None
-        hot, total = self._edges.heats()
+            return self._judge(self._round, now) if self._round.over(now) else None
+        limits = self._book.limits
+        if self._pace.steps_since < self._next or self._pace.severity < limits.comm_ratio:
+            return None
+        hot, total = self._heats()
         self.nothing = not hot
         if not hot:
             return None
-        pairs = [(*self._ends(heat), log_heat(heat.factor)) for heat in hot]
-        best, part, _ = cover(pairs)
-        if part < self._book.limits.node_part and len(hot) > self._book.limits.crowd * total:
-            return self._congestion(
-                hot, f"{len(hot)} of {total} connections take longer for the same bytes", 0.8, now
-            )
-        if self._both_ways(hot):
-            return self._congestion(hot, "the one link of the job takes longer, both ways alike", 0.5, now)
-        self._ask(hot, best if part >= self._book.limits.node_part else -1, now)
+        self._ask(hot, now)
+        part = cover([(*self._ends(heat), log_heat(heat.factor)) for heat in hot])[1]
+        if part < limits.node_part and len(hot) > limits.crowd * total:
+            words_ = f"{len(hot)} of {total} connections take longer for the same bytes"
+            return self._congestion(hot, words_, 0.5, now)
         return self._passive([], now)
+
+    def _heats(self) -> tuple[list[Heat], int]:
+        """Hot connections that can explain the slowdown, the hottest first; and how many there are at all."""
+        hot, total = self._edges.heats()
+        pace = self._pace
+        least = self._book.limits.hot_part * pace.excess / pace.recent if pace.recent else 0.0
+        explaining = [heat for heat in hot if heat.lost >= least]
+        return sorted(explaining, key=lambda heat: heat.factor, reverse=True), total
 
     def accuse(self, slot: int) -> bool:
         """Most of the heat touches this slot."""
-        hot, _ = self._edges.heats()
+        hot, _ = self._heats()
         mine = sum(log_heat(heat.factor) for heat in hot if slot in self._ends(heat))
         return bool(hot) and mine >= self._book.limits.node_part * sum(log_heat(heat.factor) for heat in hot)
-
-    def _both_ways(self, hot: Sequence[Heat]) -> bool:
-        """Of two nodes, neither can be told from the other or from what lies between."""
-        factors = [heat.factor for heat in hot]
-        alike = max(factors) < BOTH_WAYS * min(factors)
-        return len(self._book.slots) == 2 and len({heat.source for heat in hot}) > 1 and alike
 
     def _ends(self, heat: Heat) -> tuple[int, int]:
         return self._book.slot_of[heat.source], self._book.slot_of[heat.target]
 
-    def _ask(self, hot: list[Heat], best: int, now: float) -> None:
-        """Bursts on the hottest connection of the suspect node, and round it."""
-        touching = [heat for heat in hot if best < 0 or best in self._ends(heat)]
-        self._suspect, self._hot = max(touching, key=lambda heat: heat.factor), hot
-        a, b = self._ends(self._suspect)
-        warm = {slot for heat in hot for slot in self._ends(heat)}
-        slots = sorted(self._book.slots, key=lambda slot: (slot in warm, slot))
-        healthy = [slot for slot in slots if not self._book.slots[slot].quiet]
-        self._corners = corners.choose(a, b, healthy)
-        self._round = self._checks.transfers(self._corners.pairs(), now)
+    def _ask(self, hot: list[Heat], now: float) -> None:
+        """Bursts on the hottest links and round the first of them; ever more seldom, because a slowdown may last."""
+        limits = self._book.limits
+        self._hot = hot
+        self._next = self._pace.steps_since + limits.sweep_steps * 2 ** min(len(self._said), MOST_DOUBLED)
+        healthy = [slot for slot in sorted(self._book.slots) if not self._book.slots[slot].quiet]
+        pairs = sweep.pairs([self._ends(heat) for heat in hot], healthy)
+        self._round = self._checks.transfers(pairs, now)
 
-    def _judge(self, now: float) -> Verdict | None:
-        assert self._round is not None
-        assert self._corners is not None
-        assert self._suspect is not None
-        round, self._round = self._round, None
-        outcome = corners.judge(self._corners, round.transfers(), self._book.limits)
+    def _judge(self, round: Round, now: float) -> Verdict | None:
+        """What this round of bursts says. A named culprit is sure once two rounds in a row name it: one may have met a busy
+        processor."""
+        self._round = None
+        outcome = sweep.judge(round.transfers(), self._book.limits, self._lost_per_byte())
+        again = bool(self._said) and sweep.agree(self._said[-1], outcome)
+        self._said.append(outcome)
         rows = self._rows(round)
-        if outcome.part in (Part.SENDER, Part.RECEIVER):
-            slot = self._corners.a if outcome.part is Part.SENDER else self._corners.b
-            return self._node(slot, outcome, rows, now)
-        if outcome.part is Part.LINK:
-            return self._link(self._suspect, outcome.sure, outcome.sure > 0.5, rows, now)
         if outcome.part is Part.UNKNOWN:
             return self._passive(rows, now)
         if outcome.part is Part.FABRIC:
-            return self._congestion(self._hot, "bursts between healthy nodes are slow as well", 0.8, now)
-        return self._clear(now)
+            return self._congestion(self._hot, "bursts between most nodes are slow", 0.8, now)
+        if outcome.part is Part.NOTHING:
+            return self._congestion(
+                self._hot, "connections take longer, and no burst is slower than others", 0.4, now
+            )
+        if not again and len(self._said) < self._book.limits.sweeps:
+            self._ask(self._hot, now)  # at once
+        return self._named(outcome, rows, outcome.sure if again else 0.5, now)
 
-    def _clear(self, now: float) -> Verdict | None:
-        return self._congestion(self._hot, "connections take longer, and bursts on them do not", 0.4, now)
+    def _lost_per_byte(self) -> float:
+        """Seconds that a byte on the busiest hot connection must lose for a good part of what a step loses."""
+        pace = self._pace
+        rate = max(heat.end.rate for heat in self._hot)
+        return (
+            self._book.limits.hot_part * pace.excess / (rate * pace.recent) if rate * pace.recent > 0 else 0.0
+        )
+
+    def _named(self, outcome: Outcome, rows: list[Evidence], sure: float, now: float) -> Verdict:
+        confirmed = sure > 0.6
+        if outcome.part is Part.NODE:
+            sentence = f"{outcome.side} of slot {outcome.slots[0]} is slow, to every peer"
+            return self._node(outcome.slots[0], sure, sentence, rows, now, confirmed)
+        return self._link(self._on(outcome.slots), sure, confirmed, rows, now)
+
+    def _on(self, link: Sequence[int]) -> Heat:
+        """The hottest connection of a link, in the direction that the bursts found slower if there is one."""
+        same = [heat for heat in self._hot if set(self._ends(heat)) == set(link)]
+        return max(same or self._hot, key=lambda heat: (self._ends(heat) == tuple(link), heat.factor))
 
     def _passive(self, rows: list[Evidence], now: float) -> Verdict:
         """No burst says more: what the connections themselves say, and less sure."""
-        assert self._suspect is not None
         best, part, peers = cover([(*self._ends(heat), log_heat(heat.factor)) for heat in self._hot])
         if peers >= 2 and part >= self._book.limits.node_part:
-            return self._node(best, Outcome(Part.UNKNOWN, 0.5), rows, now)
-        return self._link(self._suspect, 0.4, False, rows, now)
+            return self._node(best, 0.5, f"one side of slot {best} is slow, to every peer", rows, now, False)
+        return self._link(self._hot[0], 0.4, False, rows, now)
 
-    def _node(self, slot: int, outcome: Outcome, rows: list[Evidence], now: float) -> Verdict:
-        known = outcome.part is not Part.UNKNOWN
-        side = outcome.part.value if known else "one side"
-        return self._verdict(
-            SLOW,
-            Scope.NODE,
-            (slot,),
-            outcome.sure,
-            f"{side} of slot {slot} is slow, to every peer",
-            rows,
-            now,
-            known,
-        )
+    def _node(
+        self, slot: int, sure: float, sentence: str, rows: list[Evidence], now: float, confirmed: bool
+    ) -> Verdict:
+        return self._verdict(SLOW, Scope.NODE, (slot,), sure, sentence, rows, now, confirmed)
 
     def _link(self, heat: Heat, sure: float, confirmed: bool, rows: list[Evidence], now: float) -> Verdict:
         sentence = (
@@ -155,9 +164,8 @@ class Links:
         )  # fmt: skip
 
     def _rows(self, round: Round) -> list[Evidence]:
-        assert self._suspect is not None
-        edge = self._suspect.end.newest
-        who = words.arrow(self._suspect.source, self._suspect.target)
+        hottest = self._hot[0]
+        who = words.arrow(hottest.source, hottest.target)
         rows = [
             Evidence(
                 "step",
@@ -165,10 +173,11 @@ class Links:
                 words.milliseconds(self._pace.recent),
                 words.milliseconds(self._pace.steps.centre),
             ),
-            Evidence("time per byte", who, f"{self._suspect.factor:.1f} x", "1 before"),
-            Evidence("round trip", who, words.milliseconds(edge.rtt_s)),
+            Evidence("time per byte", who, f"{hottest.factor:.1f} x", "1 before"),
+            Evidence("round trip", who, words.milliseconds(hottest.end.newest.rtt_s)),
         ]
-        for (a, b), answer in round.transfers().items():
+        slowest = sorted(round.transfers().items(), key=lambda item: (item[1].ok, -item[1].seconds))
+        for (a, b), answer in slowest:
             took = words.milliseconds(answer.seconds) if answer.ok else f"failed: {answer.text[:60]}"
             rows.append(Evidence("burst", f"slot {a} -> slot {b}", took))
         return rows

@@ -46,7 +46,7 @@ class Pace:
         if seen.rank not in self._pacers:
             return
         for back, seconds in enumerate(reversed(seen.steps_s)):
-            step = seen.step - back
+            step = seen.steps_to - back
             if self._last < step <= max(self._last, self._book.top_step) + AHEAD and step >= 0:
                 self._open.setdefault(step, []).append(seconds)
         for step in sorted(self._open):
@@ -72,17 +72,24 @@ class Pace:
         centre = self.steps.centre
         self._cusum.add(seconds / centre, self.steps.spread / centre)
         if self._cusum.falling:
-            self._begin_again()
+            self._end()
+            self.steps.forget_oldest()
+            self.steps.add(seconds)
             return
         rising = self._cusum.up > 0
         self.since = (self.since if self.since is not None else now) if rising or self.slow else None
         self.steps_since = self.steps_since + 1 if self.since is not None else 0
         if not self.slow:
-            self.slow = self._cusum.rising and self.recent > self._gate()
+            self.slow = self._cusum.rising and self.above
         else:
             self._look_for_end()
         if not self.slow and self._cusum.up < self._limits.cusum_limit / 2:
             self.steps.add(seconds)
+
+    @property
+    def above(self) -> bool:
+        """The newest steps are slower than noise explains."""
+        return self.recent > self._gate()
 
     def _gate(self) -> float:
         noise = self._limits.slow_mads * self.steps.spread / math.sqrt(RECENT)

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from stormjib_health.engine import words
 from stormjib_health.engine.baseline import chance
-from stormjib_health.engine.corners import confirm_compute, took
 from stormjib_health.engine.links import Links
+from stormjib_health.engine.product import confirm_compute, took
 from stormjib_health.wire import Evidence, Phase, Scope, Syndrome, Verdict
 
 if TYPE_CHECKING:
     from collections import Counter
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from stormjib_health.engine.book import Book
     from stormjib_health.engine.checks import Checks, Round
     from stormjib_health.engine.edges import Edges
     from stormjib_health.engine.late import Blame, Late
+    from stormjib_health.engine.own import Growth, Own
     from stormjib_health.engine.pace import Pace
 
 SLOW = Syndrome.NON_COMMUNICATION_SLOW
@@ -29,8 +31,9 @@ LOOK_BACK = 12
 class Slow:
     """Explains a slowdown that the pace shows, once, and keeps to it until the slowdown ends."""
 
-    def __init__(self, book: Book, edges: Edges, pace: Pace, late: Late, checks: Checks) -> None:
+    def __init__(self, book: Book, edges: Edges, pace: Pace, late: Late, own: Own, checks: Checks) -> None:
         self._book, self._edges, self._pace, self._late, self._checks = book, edges, pace, late, checks
+        self._own = own
         self._clear()
 
     def _clear(self) -> None:
@@ -45,7 +48,7 @@ class Slow:
         if not pace.slow:
             self._clear()
             return None
-        if pace.calm:
+        if not pace.above:
             return None  # it pauses, or is over before its cause was found: nothing is slow that could be explained now
         if self._links.asking:
             self._verdict = self._links.look(now) or self._verdict
@@ -57,25 +60,65 @@ class Slow:
         return self._updated(now)
 
     def _open_question(self) -> bool:
-        """No verdict yet, or one of a rank that chance may still explain."""
+        """Nobody is named yet, or not surely: chance may explain it, or something better come."""
         said = self._verdict
-        return said is None or (said.syndrome is SLOW and said.confidence < self._book.limits.act_confidence)
+        return said is None or said.scope is Scope.JOB or said.confidence < self._book.limits.act_confidence
 
     def _explain(self, now: float) -> Verdict | None:
-        """A new look with each new step."""
+        """A new look with each new step. What a rank's own host says comes first: no other rank has a part in it."""
         if self._looked == self._pace.steps_since:
             return None
         self._looked = self._pace.steps_since
-        blame = self._late.blame(self._pace.since or 0.0, self._book.limits.late_least * self._pace.excess)
+        limits, since, excess = self._book.limits, self._pace.since or 0.0, self._pace.excess
+        blame = self._late.blame(since, limits.late_least * excess)
+        growth = self._own.growth(since, limits.own_part * excess)
         crowd = self._crowd(blame)
-        if self._inherited(blame, crowd):
+        if throttled := self._throttled():
+            return self._of_ranks(blame, growth, throttled, 0.9, now)
+        if named := self._grown(growth, limits.own_part):
+            return self._of_suspect(blame, growth, named, now)
+        if self._leads(growth, limits.own_part):
+            return self._imbalance(blame, growth, now)  # it wants to be seen more often
+        if self._inherited(growth, crowd):
             return self._links.look(now)
-        if named := self._late_ranks(blame, crowd) or self._by_gap(blame, crowd):
-            self._ask(named[0], now)
-            return self._of_ranks(blame, *named, now)
+        if named := self._late_ranks(blame, crowd) or self._grown_of_many(growth, crowd):
+            return self._of_suspect(blame, growth, named, now)
         if len(self._book.slots_of(crowd)) == 1:
-            return self._imbalance(blame, now)  # lateness explains it, and wants to be seen more often
-        return self._links.look(now) or self._by_nobody_else(blame, now)
+            return self._imbalance(blame, growth, now)  # so does this
+        return self._links.look(now) or self._by_nobody_else(blame, growth, now)
+
+    # --- the processor, and own work ---
+
+    def _throttled(self) -> list[int]:
+        """Ranks of one slot whose processor is refused more often than it was, and more than anybody else's."""
+        more = {rank.rank: rank.throttled - rank.throttled_usually for rank in self._book.ranks.values()}
+        top = max(more.values())
+        if top < self._book.limits.throttled_least:
+            return []
+        crowd = sorted(rank for rank, part in more.items() if part > top / 3)
+        return crowd if len(self._book.slots_of(crowd)) == 1 < len(self._book.slots) else []
+
+    def _leads(self, growth: Growth, part: float) -> list[int]:
+        """Ranks of one slot whose own work has grown far more than all others', by so large a part of the lost time."""
+        limits = self._book.limits
+        first = max(growth.more.values(), default=0.0)
+        if first <= part * self._pace.excess:
+            return []
+        crowd = sorted(rank for rank, more in growth.more.items() if more > first / limits.own_lead)
+        grown = all(growth.ratio[rank] >= limits.own_ratio for rank in crowd)
+        grown &= all(growth.more[rank] > limits.noises * growth.noise[rank] for rank in crowd)
+        return crowd if grown and len(self._book.slots_of(crowd)) == 1 else []
+
+    def _grown(self, growth: Growth, part: float) -> tuple[Sequence[int], float] | None:
+        """The same, and not by chance."""
+        ranks = self._leads(growth, part)
+        luck = self._luck_of(growth.most, ranks, len(self._book.ranks)) if ranks else 1.0
+        return self._surely(ranks, luck)
+
+    def _grown_of_many(self, growth: Growth, crowd: Sequence[int]) -> tuple[Sequence[int], float] | None:
+        """Among ranks that are late alike, the one whose own work has grown: pipelines."""
+        named = self._grown(growth, self._book.limits.own_part) if len(crowd) > 1 else None
+        return (named[0], 0.6) if named and named[0][0] in crowd else None
 
     # --- lateness ---
 
@@ -85,65 +128,52 @@ class Slow:
         most = max(blame.late.values(), default=0.0)
         if most <= 0 or most < limits.late_part * self._pace.excess:
             return []
-        return sorted(rank for rank, late in blame.late.items() if late > most / limits.late_lead)
+        crowd = sorted(rank for rank, late in blame.late.items() if late > most / limits.late_lead)
+        noisy = any(blame.late[rank] <= limits.noises * math.sqrt(blame.noise[rank]) for rank in crowd)
+        return [] if noisy else crowd
 
-    def _inherited(self, blame: Blame, crowd: Sequence[int]) -> bool:
+    def _inherited(self, growth: Growth, crowd: Sequence[int]) -> bool:
         """Late, but not by its own work, and its node's connections are hot: it waited in calls that are not timed."""
-        grown = any(blame.ratio(rank) >= self._book.limits.gap_ratio for rank in crowd)
+        grown = any(growth.ratio.get(rank, 1.0) >= self._book.limits.own_ratio for rank in crowd)
         slots = self._book.slots_of(crowd)
         return len(slots) == 1 and not grown and self._links.accuse(slots[0])
 
     def _late_ranks(self, blame: Blame, crowd: Sequence[int]) -> tuple[Sequence[int], float] | None:
         slots = self._book.slots_of(crowd)
-        if len(slots) != 1:
-            return None
-        luck = self._luck(blame.last, crowd)
-        limits = self._book.limits
-        return None if luck > limits.hint_chance else (crowd, 0.8 if luck <= limits.late_chance else 0.5)
+        return self._surely(crowd, self._luck(blame, crowd)) if len(slots) == 1 else None
 
-    def _luck(self, counts: Mapping[int, Counter[int]], ranks: Sequence[int]) -> float:
-        """How likely the same one would be last so often in some group, were it drawn anew each step."""
-        return min((self._luck_in(key, last, ranks) for key, last in counts.items()), default=1.0)
-
-    def _luck_in(self, key: int, last: Counter[int], ranks: Sequence[int]) -> float:
+    def _surely(self, ranks: Sequence[int], luck: float) -> tuple[Sequence[int], float] | None:
+        """How sure that is, after so much luck: a hint may still be taken back."""
         limits = self._book.limits
-        calls = last.total()
-        hits = sum(last[rank] for rank in ranks)
-        of = min(calls, self._pace.steps_since, LOOK_BACK)
-        if of < limits.late_steps or hits < limits.late_share * calls:
+        return None if luck > limits.hint_chance else (ranks, 0.8 if luck <= limits.late_chance else 0.5)
+
+    def _luck(self, blame: Blame, ranks: Sequence[int]) -> float:
+        """How likely the same ones would be last so often in some group, were they drawn anew each step."""
+        groups = self._book.groups
+        found = (self._luck_of(last, ranks, len(groups[key].ranks)) for key, last in blame.last.items())
+        return min(found, default=1.0)
+
+    def _luck_of(self, counts: Counter[int], ranks: Sequence[int], size: int) -> float:
+        limits, total = self._book.limits, counts.total()
+        hits = sum(counts[rank] for rank in ranks)
+        of = min(total, self._pace.steps_since, LOOK_BACK)
+        if of < limits.late_steps or hits < limits.late_share * total:
             return 1.0
-        choices = len(self._book.groups[key].ranks) / len(ranks)
-        return chance(int(of * hits / calls), of, max(2, round(choices)))
+        return chance(int(of * hits / total), of, max(2, round(size / len(ranks))))
 
-    def _by_gap(self, blame: Blame, crowd: Sequence[int]) -> tuple[Sequence[int], float] | None:
-        """Among ranks that are late alike, the one whose own work has grown: pipelines."""
-        if len(crowd) < 2:
-            return None
-        order = sorted(crowd, key=lambda rank: blame.gap.get(rank, 0.0), reverse=True)
-        first, second = blame.gap.get(order[0], 0.0), blame.gap.get(order[1], 0.0)
-        limits = self._book.limits
-        grown = (
-            blame.ratio(order[0]) >= limits.gap_ratio
-            and self._luck(blame.grown, order[:1]) <= limits.late_chance
-        )
-        enough = first > limits.gap_part * self._pace.excess and first > limits.late_lead * max(0.0, second)
-        return ([order[0]], 0.6) if grown and enough else None
-
-    def _by_nobody_else(self, blame: Blame, now: float) -> Verdict | None:
+    def _by_nobody_else(self, blame: Blame, growth: Growth, now: float) -> Verdict | None:
         """Connections say nothing either: own work where nobody is late, or somebody else each time."""
         if not self._links.nothing:
             return None
-        if not self._crowd(blame) and (named := self._by_gap(blame, sorted(blame.gap))):
-            self._ask(named[0], now)
-            return self._of_ranks(blame, *named, now)
-        return self._imbalance(blame, now)
+        if not self._crowd(blame) and (named := self._grown(growth, self._book.limits.own_part)):
+            return self._of_suspect(blame, growth, (named[0], min(0.6, named[1])), now)
+        return self._imbalance(blame, growth, now)
 
-    def _imbalance(self, blame: Blame, now: float) -> Verdict | None:
+    def _imbalance(self, blame: Blame, growth: Growth, now: float) -> Verdict | None:
         limits, pace = self._book.limits, self._pace
-        share = max(
-            (last.most_common(1)[0][1] / last.total() for last in blame.last.values() if last), default=1.0
-        )
-        explained = blame.longest >= limits.late_part * pace.excess
+        counts = [last for last in (*blame.last.values(), growth.most) if last]
+        share = max((last.most_common(1)[0][1] / last.total() for last in counts), default=1.0)
+        explained = max(blame.longest, growth.longest) >= limits.late_part * pace.excess
         if pace.steps_since < limits.rotating_steps or share >= limits.rotating_share or not explained:
             return None
         return words.verdict(
@@ -155,11 +185,20 @@ class Slow:
 
     # --- the verdict ---
 
-    def _of_ranks(self, blame: Blame, ranks: Sequence[int], sure: float, now: float) -> Verdict:
+    def _of_suspect(
+        self, blame: Blame, growth: Growth, named: tuple[Sequence[int], float], now: float
+    ) -> Verdict:
+        """The verdict on ranks that a fixed product may clear."""
+        self._ask(named[0], now)
+        return self._of_ranks(blame, growth, *named, now)
+
+    def _of_ranks(
+        self, blame: Blame, growth: Growth, ranks: Sequence[int], sure: float, now: float
+    ) -> Verdict:
         book, pace = self._book, self._pace
         slots = book.slots_of(ranks)
         node = len(slots) == 1 and len(ranks) > 1
-        each = max(blame.late.get(ranks[0], 0.0), blame.gap.get(ranks[0], 0.0))
+        each = max(0.0, blame.late.get(ranks[0], 0.0), growth.more.get(ranks[0], 0.0))
         sentence = (
             f"{words.rank_list(ranks)} keeps the others waiting, by {words.milliseconds(each)} a step{self._why(ranks[0])}; "
             f"steps last {pace.severity:.2f} times what they did"
@@ -167,23 +206,25 @@ class Slow:
         return words.verdict(
             book, SLOW, Scope.NODE if node else Scope.RANK, slots if node else tuple(ranks), confidence=sure,
             severity=pace.severity, lasted_s=now - (pace.since or now), sentence=sentence,
-            evidence=self._rows(blame, ranks),
+            evidence=self._rows(blame, growth, ranks),
         )  # fmt: skip
 
     def _why(self, name: int) -> str:
         rank = self._book.ranks[name]
-        if rank.throttled > 0.05:
+        if rank.throttled - rank.throttled_usually >= self._book.limits.throttled_least:
             return f" (its processor is refused {rank.throttled:.0%} of the time)"
         return " (it waits for its data)" if rank.phase == Phase.DATA else ""
 
-    def _rows(self, blame: Blame, ranks: Sequence[int]) -> list[Evidence]:
+    def _rows(self, blame: Blame, growth: Growth, ranks: Sequence[int]) -> list[Evidence]:
         others = [late for rank, late in blame.late.items() if rank not in ranks]
         rows = [words_step(self._pace)]
         for rank in ranks[:3]:
             late = words.milliseconds(max(0.0, blame.late.get(rank, 0.0)))
             rest = words.milliseconds(max(0.0, max(others, default=0.0)))
             rows.append(Evidence("late a step", f"rank {rank}", late, rest))
-            rows.append(Evidence("own work", f"rank {rank}", f"{blame.ratio(rank):.2f}", "1 before"))
+            rows.append(
+                Evidence("own work", f"rank {rank}", f"{growth.ratio.get(rank, 1.0):.2f}", "1 before")
+            )
         return rows
 
     def _ask(self, ranks: Sequence[int], now: float) -> None:

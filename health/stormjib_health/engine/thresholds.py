@@ -26,7 +26,7 @@ class Thresholds:
     hang_steps: float = 1.5
     """A wait shorter than this many steps may be one slow step."""
     hang_unsure_s: float = 5.0
-    """Least patience while the baseline is short (a new coordinator in the middle of a job)."""
+    """Least patience without a baseline (a new coordinator in the middle of a job); the less, the more of one there is."""
     hang_stepless_s: float = 60.0
     """Least patience with a script that never marks a step: its long phases are not known."""
     busy_factor: float = 3.0
@@ -86,10 +86,16 @@ class Thresholds:
     """Below it a verdict is for people to read, not to act on: it may still be taken back."""
     late_steps: int = 5
     """And never fewer than so many: of eight ranks three in a row would do."""
-    gap_ratio: float = 1.1
-    """Own work now over before: the second opinion where everybody waits alike (pipelines)."""
-    gap_part: float = 0.07
-    """Of the lost time that its grown work before the timed calls must come to: most of a step is not timed."""
+    own_ratio: float = 1.1
+    """Own work now over before."""
+    noises: float = 3.0
+    """Times the usual deviation, that lateness or own work must have grown: on a shared core both come and go."""
+    own_lead: float = 3.0
+    """Times the next rank's growth: others' work does not grow because one rank's does."""
+    own_part: float = 0.07
+    """Of the lost time that its grown work must come to. Not more, because most of a step is not timed."""
+    throttled_least: float = 0.05
+    """Of the time, that the processor must be refused more often than usual."""
     rotating_share: float = 0.6
     rotating_steps: int = 24
     """Whose latest rank holds less than this share over so many steps is imbalanced."""
@@ -100,6 +106,10 @@ class Thresholds:
     edge_samples: int = 10
     hot_ratio: float = 1.3
     """Time per byte over the edge's own baseline, and over what became of all edges of its class."""
+    comm_ratio: float = 1.2
+    """Steps over their baseline below which no connection is looked for: between noise and the 1.3 that must be found."""
+    hot_part: float = 0.3
+    """Of the lost time that a connection must be busy longer, and its bursts show: else it does not explain the slowdown."""
     node_part: float = 0.7
     """Of the heat that touches one node: the node, not the fabric."""
     crowd: float = 0.3
@@ -109,10 +119,17 @@ class Thresholds:
     check_limit_s: float = 1.0
     check_slack_s: float = 1.0
     """Way of a question and its answer: two samples each, and a loss."""
-    corner_ratio: float = 1.3
-    """Least time of a bad burst over the best corner's. Bursts compete with the training's own traffic."""
-    corner_rtt: float = 3.0
-    corner_rtt_s: float = 0.0005
+    burst_ratio: float = 1.5
+    """Least time of a bad burst over the best one's. They compete with each other and with the training's own traffic; what
+    slows a step by a third slows its connection by more."""
+    burst_again: int = 5
+    """Segments of a burst that were sent again: 1 % of them."""
+    ping_ratio: float = 3.0
+    ping_more_s: float = 0.0005
+    sweeps: int = 4
+    """Rounds of bursts that follow each other at once, until two agree: the first may come before the slowdown is whole."""
+    sweep_steps: int = 4
+    """From a round that named nobody to the next; twice as many each time."""
     compute_ratio: float = 1.3
     """Repeated runs of one product on a healthy device differ by less than a tenth, beside a neighbour on the same core by more."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from stormjib_health.records.layout import CallRecord, PhaseRecord, StepRecord
 from stormjib_health.records.ring import State
@@ -37,6 +37,15 @@ _MAX_OPEN = 256
 _Name = tuple[int, int, int]
 _State = tuple[int, int, bool, int, int, int, int, int]
 """Of a group: issued, kind of the newest, whether that is over, signature, signed, sent, received, peer."""
+
+
+class Step(NamedTuple):
+    """One finished step."""
+
+    number: int
+    seconds: float
+    own_s: float
+    """The rank's own work in it, as far as it is known."""
 
 
 @dataclass
@@ -77,7 +86,8 @@ class Calls:
         """Last finished step."""
         self.lost = 0
         self.findings: list[Finding] = []
-        self.steps_s: list[float] = []
+        self.steps: list[Step] = []
+        """Those that are not told yet."""
         self.groups: list[Group | None] = []
         """By the index that its ring names them by; None for one that no correct rank has."""
         self._rank = rank
@@ -86,8 +96,10 @@ class Calls:
         self._order = 0
         self._newest: CallRecord | None = None
         self._free_ns = 0
-        """When the rank's newest call ended, as far as that is known, else when it was issued."""
-        self._gaps: dict[_Name, float] = {}
+        """When the rank's newest call ended; 0 where that is not known."""
+        self._own_ns = 0
+        """Own work of the step in progress."""
+        self._pending: dict[_Name, None] = {}
         self._usual: deque[float] = deque(maxlen=BATCHES)
         self._long = False
         self._timings = Thinned(max_timings)
@@ -97,8 +109,8 @@ class Calls:
         """Take what one read gave: records, groups that are new, and the last finished step where a clock beside the
         ring tells it: the ring hears of a step with the first call of the next."""
         self.groups.extend(group if self._fits(group) else None for group in groups)
-        early = [record for record in batch.ended if _name(record) in self._gaps]
-        new = [record for record in batch.ended if _name(record) not in self._gaps]
+        early = [record for record in batch.ended if _name(record) in self._pending]
+        new = [record for record in batch.ended if _name(record) not in self._pending]
         for record in early:
             self._ended(record)
         longest = self._records(batch.records)
@@ -140,7 +152,7 @@ class Calls:
         """The coordinator has these."""
         self._told.update((call.group, _state(call)) for call in said.calls)
         self._timings.told(said.timings)
-        self.steps_s = [seconds for seconds in self.steps_s if seconds not in said.steps_s]
+        self.steps = [step for step in self.steps if step.number > said.steps_to]
         self.findings = [finding for finding in self.findings if finding not in findings]
         self.lost -= said.lost
 
@@ -172,8 +184,10 @@ class Calls:
                     lane.signature, lane.signed = record.signature, record.number
             issued_ns = record.issued_ns
             if record.pending or record.done_ns:
-                self._open(record, max(0, issued_ns - self._free_ns) / 1e9 if self._free_ns else 0.0)
-            self._free_ns = record.done_ns or issued_ns
+                self._open(record)
+            if self._free_ns:
+                self._own_ns += max(0, issued_ns - self._free_ns)
+            self._free_ns = record.done_ns
             if self._long:
                 self._long = False
             elif before is not None and issued_ns - before.issued_ns > longest:
@@ -185,16 +199,19 @@ class Calls:
             self.findings = [*self.findings, replace(record, rank=self._rank)][-MAX_FINDINGS:]
             return
         self._order += 1
-        if isinstance(record, StepRecord) and record.duration_ns:
-            self.steps_s = [*self.steps_s, record.duration_ns / 1e9][-MAX_STEPS:]
+        if isinstance(record, StepRecord):
+            if record.duration_ns:
+                step = Step(record.step, record.duration_ns / 1e9, self._own_ns / 1e9)
+                self.steps = [*(one for one in self.steps if one.number < step.number), step][-MAX_STEPS:]
+            self._own_ns = 0
         if isinstance(record, PhaseRecord):
             self._long = self._long or record.phase.may_last
 
-    def _open(self, record: CallRecord, gap_s: float) -> None:
+    def _open(self, record: CallRecord) -> None:
         """The end of this call is taken, now or later."""
-        self._gaps[_name(record)] = gap_s
-        if len(self._gaps) > _MAX_OPEN:
-            del self._gaps[next(iter(self._gaps))]
+        self._pending[_name(record)] = None
+        if len(self._pending) > _MAX_OPEN:
+            del self._pending[next(iter(self._pending))]
 
     def _ended(self, record: CallRecord) -> None:
         lane = self._lanes.get(record.group)
@@ -203,7 +220,8 @@ class Calls:
         if self._newest is not None and _name(self._newest) == _name(record):
             self._newest = record
             self._free_ns = record.done_ns
-        self._timing(record, self._gaps.pop(_name(record), 0.0))
+        self._pending.pop(_name(record), None)
+        self._timing(record)
 
     def _group(self, index: int) -> Group | None:
         return self.groups[index] if index < len(self.groups) else None
@@ -211,13 +229,13 @@ class Calls:
     def _fits(self, group: Group | None) -> bool:
         return group is not None and self._rank in group.ranks and max(group.ranks) < self._world_size
 
-    def _timing(self, record: CallRecord, gap_s: float) -> None:
+    def _timing(self, record: CallRecord) -> None:
         group = self._group(record.group)
         if group is None or record.kind.point_to_point:
             return
         wait_s = (record.done_ns - record.issued_ns) / 1e9
         key = record.step if record.step >= 0 else record.number
-        self._timings.add(key, Timing(group.key, record.number, wait_s, gap_s))
+        self._timings.add(key, Timing(group.key, record.number, wait_s))
 
     def _over(self, lane: _Lane) -> bool:
         """Its end was taken, or the rank has gone on."""

@@ -34,6 +34,8 @@ def ranked(**changes: object) -> Sample:
         (ranked(idle_s=1e12), "idle_s is"),
         (ranked(process="stopped"), "process is 'stopped'"),
         (ranked(steps_s=(0.1,) * 9), "steps_s holds 9"),
+        (ranked(steps_s=(0.1,), own_s=()), "own_s holds 0 items; steps_s holds 1"),
+        (ranked(steps_s=(0.1,), own_s=(-0.1,)), "own_s is -0.1"),
         (ranked(calls=(Call(1, -1),)), "group 1"),
         (ranked(calls=(Call(1, 1, 99),)), "kind 99"),
         (ranked(calls=(Call(1, 1),) * 1000), "calls holds 1000"),
@@ -92,8 +94,12 @@ def test_a_rank_that_claims_to_be_far_ahead_names_nobody_while_the_others_step(e
     told: list[Verdict] = []
     for number in range(1, 200):
         now = number * 0.2
-        honest = RankSample(0, number, 0.0, (0.2,), idle_s=now, calls=(Call(5, number, 1, 0.05),))
-        liar = RankSample(1, number, 0.0, (0.2,), idle_s=now, calls=(Call(5, number + 10**9, 1, now),))
+        honest = RankSample(
+            0, number, 0.0, (0.2,), (0.1,), number, idle_s=now, calls=(Call(5, number, 1, 0.05),)
+        )
+        liar = RankSample(
+            1, number, 0.0, (0.2,), (0.1,), number, idle_s=now, calls=(Call(5, number + 10**9, 1, now),)
+        )
         engine.observe(Sample(1, "u", 0, 0, "1.1", number, 0.2, (honest,), groups=(group,)), now)
         engine.observe(Sample(1, "u", 1, 0, "1.1", number, 0.2, (liar,), groups=(group,)), now)
         told += engine.tick(now).verdicts

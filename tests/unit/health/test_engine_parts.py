@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 
 from stormjib_health.engine import DEFAULT, Engine, Place, explain
 from stormjib_health.engine.baseline import Baseline, Cusum, chance, mad, median
-from stormjib_health.engine.corners import Corners, Part, choose, confirm_compute, judge
+from stormjib_health.engine.book import Book
 from stormjib_health.engine.edges import cover, host
 from stormjib_health.engine.ledger import Ledger
+from stormjib_health.engine.own import Own
+from stormjib_health.engine.product import confirm_compute
+from stormjib_health.engine.sweep import Part, judge, pairs
 from stormjib_health.wire import (
     Answer,
     Edge,
@@ -19,6 +24,9 @@ from stormjib_health.wire import (
     Syndrome,
     Verdict,
 )  # fmt: skip
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 VICTIM = "RuntimeError: [gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.{}]:29500"
 
@@ -42,6 +50,15 @@ def test_a_baseline_leaves_out_its_warm_up_and_forgets() -> None:
         base.add(value)
     assert base.ready
     assert base.centre == 3.5
+
+
+def test_a_baseline_that_forgets_its_oldest_stays_ready() -> None:
+    baseline = Baseline(0, 4, 16)
+    for value in (9.0,) * 10 + (1.0, 1.0):
+        baseline.add(value)
+    assert baseline.centre == 9.0
+    baseline.forget_oldest()
+    assert (baseline.ready, len(baseline), baseline.centre) == (True, 4, 5.0)
 
 
 def test_one_long_step_is_no_rise_and_many_small_ones_are() -> None:
@@ -70,58 +87,85 @@ def test_chance_of_being_last() -> None:
     assert chance(0, 5, 4) == 1.0
 
 
-# --- corners ---
+# --- bursts ---
 
 FAST, SLOW = 0.01, 0.05
-AROUND = Corners(0, 1, 2, 3)
+SUSPECT = [(0, 1)]
 
 
-def corner_answers(*slow: tuple[int, int], corners: Corners = AROUND) -> dict[tuple[int, int], Answer]:
-    return {
-        p: Answer(i, True, SLOW if p in slow else FAST, rtt_s=0.0002) for i, p in enumerate(corners.pairs())
-    }
+def bursts(
+    *slow: tuple[int, int], slots: int = 4, hot: Sequence[tuple[int, int]] = SUSPECT
+) -> dict[tuple[int, int], Answer]:
+    asked = pairs(hot, range(slots))
+    return {p: Answer(i, True, SLOW if p in slow else FAST, rtt_s=0.0002) for i, p in enumerate(asked)}
+
+
+def test_bursts_go_both_ways_on_the_hottest_links_and_between_references() -> None:
+    assert set(pairs([(0, 1)], range(4))) == {
+        (0, 1), (1, 0), (0, 2), (2, 0), (3, 1), (1, 3), (2, 3), (3, 2),
+    }  # fmt: skip
+    assert pairs([(0, 1)], range(4))[-2:] == [(0, 1), (1, 0)], "what may take a second comes last"
+    assert set(pairs([(0, 1)], range(3))) == {(0, 1), (1, 0), (0, 2), (2, 0), (2, 1), (1, 2)}
+    assert set(pairs([(0, 1)], range(2))) == {(0, 1), (1, 0)}
+    many = pairs([(a, (a + 1) % 20) for a in range(20)], range(20))
+    assert len(many) == 14
+    assert {(4, 5), (5, 4)}.isdisjoint(many)
 
 
 @pytest.mark.parametrize(
-    ("slow", "part"),
+    ("slow", "part", "slots"),
     [
-        (((0, 1),), Part.LINK),
-        (((0, 1), (0, 2)), Part.SENDER),
-        (((0, 1), (3, 1)), Part.RECEIVER),
-        (((0, 1), (2, 3)), Part.FABRIC),
-        (((0, 1), (0, 2), (3, 1)), Part.UNKNOWN),
-        ((), Part.NOTHING),
-        (((2, 3),), Part.NOTHING),
+        (((0, 1),), Part.LINK, (0, 1)),
+        (((0, 1), (1, 0)), Part.LINK, (0, 1)),
+        (((0, 1), (0, 2)), Part.NODE, (0,)),
+        (((0, 1), (3, 1)), Part.NODE, (1,)),
+        (((0, 1), (1, 0), (0, 2), (2, 0)), Part.NODE, (0,)),
+        (((2, 3),), Part.LINK, (2, 3)),
+        (((0, 1), (2, 3)), Part.UNKNOWN, ()),
+        (((0, 1), (1, 0), (2, 3), (3, 2), (0, 2)), Part.FABRIC, ()),
+        ((), Part.NOTHING, ()),
     ],
 )
-def test_four_corners(slow: tuple[tuple[int, int], ...], part: Part) -> None:
-    assert judge(AROUND, corner_answers(*slow), DEFAULT).part is part
+def test_slow_bursts_point_at(slow: tuple[tuple[int, int], ...], part: Part, slots: tuple[int, ...]) -> None:
+    outcome = judge(bursts(*slow), DEFAULT)
+    assert (outcome.part, outcome.slots) == (part, slots)
 
 
-def test_three_slots_are_less_sure_and_two_cannot_tell() -> None:
-    three = choose(0, 1, [0, 1, 2])
-    assert three.pairs() == [(0, 1), (0, 2), (2, 1)]
-    assert judge(three, corner_answers((0, 1), (0, 2), corners=three), DEFAULT).part is Part.SENDER
-    full = judge(AROUND, corner_answers((0, 1)), DEFAULT)
-    assert judge(three, corner_answers((0, 1), corners=three), DEFAULT).sure < full.sure
-    two = choose(0, 1, [0, 1])
-    assert judge(two, corner_answers(corners=two), DEFAULT).part is Part.UNKNOWN
+def test_which_side_of_a_node_is_slow() -> None:
+    assert judge(bursts((0, 1), (0, 2)), DEFAULT).side == "the sending side"
+    assert judge(bursts((1, 0), (2, 0)), DEFAULT).side == "the receiving side"
+    assert judge(bursts((1, 0), (0, 2)), DEFAULT).side == "both sides"
 
 
-def test_a_missing_corner_makes_less_sure_and_a_missing_suspect_says_nothing() -> None:
-    answers = corner_answers((0, 1))
-    del answers[(0, 2)]
-    assert judge(AROUND, answers, DEFAULT).sure < 0.7
-    del answers[(0, 1)]
-    assert judge(AROUND, answers, DEFAULT).part is Part.UNKNOWN
+def test_a_burst_beside_others_may_take_a_while() -> None:
+    answers = bursts()
+    answers[(0, 1)] = Answer(0, True, 1.4 * FAST, rtt_s=0.0002)
+    assert judge(answers, DEFAULT).part is Part.NOTHING
+    answers[(0, 1)] = Answer(0, True, 1.6 * FAST, rtt_s=0.0002)
+    assert judge(answers, DEFAULT).part is Part.LINK
+
+
+def test_a_burst_that_cannot_explain_what_steps_lose_is_not_bad() -> None:
+    answers = bursts()
+    answers[(0, 1)] = Answer(0, True, 3 * FAST, bytes=1000, rtt_s=0.0002)
+    assert judge(answers, DEFAULT, lost_per_byte=0.9 * 2 * FAST / 1000).part is Part.LINK
+    assert judge(answers, DEFAULT, lost_per_byte=1.1 * 2 * FAST / 1000).part is Part.NOTHING
+
+
+def test_two_slots_cannot_tell_and_a_link_without_good_neighbours_is_less_sure() -> None:
+    assert judge(bursts((0, 1), slots=2), DEFAULT).part is Part.UNKNOWN
+    answers = {p: a for p, a in bursts((0, 1)).items() if 1 not in p or p == (0, 1)}
+    assert judge(answers, DEFAULT).sure < judge(bursts((0, 1)), DEFAULT).sure
 
 
 def test_a_round_trip_or_a_failed_burst_is_bad_too() -> None:
-    answers = corner_answers()
+    answers = bursts()
     answers[(0, 1)] = Answer(0, True, FAST, rtt_s=0.02)
-    assert judge(AROUND, answers, DEFAULT).part is Part.LINK
+    assert judge(answers, DEFAULT).slots == (0, 1)
     answers[(0, 1)] = Answer(0, False, text="timed out")
-    assert judge(AROUND, answers, DEFAULT).part is Part.LINK
+    assert judge(answers, DEFAULT).slots == (0, 1)
+    answers[(0, 1)] = Answer(0, True, FAST, again=9, rtt_s=0.0002)
+    assert judge(answers, DEFAULT).slots == (0, 1)
 
 
 def test_the_product_confirms_clears_or_says_nothing() -> None:
@@ -135,6 +179,44 @@ def test_the_product_confirms_clears_or_says_nothing() -> None:
     assert confirm_compute(busy, alone, 1.1) is False, "a neighbour on its core is not the node's fault"
     assert confirm_compute(Answer(1, False), good, 1.1) is None
     assert confirm_compute(None, good, 1.1) is None
+
+
+# --- own work ---
+
+
+def worked(*own: Sequence[float]) -> Own:
+    """Ranks 0, 1, ... with their own work step by step, a step each second."""
+    book = Book([Place(rank, rank) for rank in range(len(own))], DEFAULT, 0.0)
+    found = Own(book)
+    for rank, series in enumerate(own):
+        for step, seconds in enumerate(series):
+            found.take(RankSample(rank, steps_s=(0.1,), own_s=(seconds,), steps_to=step), float(step))
+    return found
+
+
+def test_own_work_that_grows_is_its_ranks() -> None:
+    healthy = [0.05] * 40
+    growth = worked(healthy, [*healthy[:36], 0.09, 0.08, 0.09, 0.08]).growth(35.5, 0.01)
+    assert growth.more[0] == pytest.approx(0.0)
+    assert growth.more[1] == pytest.approx(0.035)
+    assert growth.ratio[1] == pytest.approx(1.7)
+    assert growth.most == {1: 4}
+    assert growth.longest == pytest.approx(0.035)
+
+
+def test_own_work_of_too_few_steps_or_of_an_old_step_says_nothing() -> None:
+    assert worked([0.05] * 20).growth(0.0, 0.01).more == {}, "16 are looked back on, and 4 are no baseline"
+    own = worked([0.05] * 40)
+    own.take(RankSample(0, steps_s=(0.1,), own_s=(9.0,), steps_to=39), 40.0)
+    assert own.growth(30.0, 0.01).more[0] == pytest.approx(0.0), "step 39 was told"
+
+
+def test_nothing_is_learned_while_something_is_suspicious() -> None:
+    own = worked([0.05] * 30)
+    own.frozen = True
+    for step in range(30, 80):
+        own.take(RankSample(0, steps_s=(0.1,), own_s=(0.1,), steps_to=step), float(step))
+    assert own.growth(60.0, 0.01).ratio[0] == pytest.approx(2.0)
 
 
 # --- edges ---
@@ -197,6 +279,20 @@ def test_a_program_error_is_the_programs() -> None:
     assert verdict.software
     (verdict,) = crash(engine_of(2), (0.5, 1, 1, "RuntimeError: CUDA error: uncorrectable ECC error"))
     assert not verdict.software
+
+
+def test_a_rank_that_was_sent_something_else_shows_a_desync_of_the_program() -> None:
+    gloo = (
+        "what(): [enforce fail at gloo/transport/tcp/pair.cc:464] op.preamble.length <= op.nbytes. 52 vs 16"
+    )
+    exits = [
+        (0.5, 1, -6, f"terminate called after throwing an instance\n{gloo}"),
+        (0.55, 0, 1, VICTIM.format(1)),
+    ]
+    (verdict,) = crash(engine_of(3), *exits)
+    assert (verdict.syndrome, verdict.scope, verdict.slots) == (Syndrome.DESYNC, Scope.JOB, ())
+    assert verdict.software
+    assert verdict.sentence == "rank 1 was sent something else than it had called for, and ended"
 
 
 def test_only_victims_name_the_silent_rank_or_the_link_or_nobody() -> None:

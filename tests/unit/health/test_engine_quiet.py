@@ -100,7 +100,9 @@ def drive(first: RankSample, second: RankSample, seconds: float, warm: int = 60)
         now += 0.2
         for slot in (0, 1):
             call = Call(7, 10 * number + 1, Kind.ALL_REDUCE, 0.01)
-            step = RankSample(slot, number, 0.0, (0.2,), Phase.STEP, idle_s=now, calls=(call,))
+            step = RankSample(
+                slot, number, 0.0, (0.2,), (0.1,), number, Phase.STEP, idle_s=now, calls=(call,)
+            )
             engine.observe(sample(slot, number, step, group), now)
         told += [v.syndrome for v in engine.tick(now).verdicts]
     stood = 0.0

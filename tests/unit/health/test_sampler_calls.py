@@ -36,7 +36,12 @@ def only(calls: Calls, now_ms: float) -> Call:
 def tell(calls: Calls, now_ms: float) -> tuple[Call, ...]:
     """Tell what there is; what that was."""
     told = calls.calls(round(now_ms * MS))
-    calls.told(RankSample(0, calls=told, timings=calls.timings(), steps_s=tuple(calls.steps_s)), ())
+    calls.told(
+        RankSample(
+            0, calls=told, timings=calls.timings(), steps_to=calls.steps[-1].number if calls.steps else -1
+        ),
+        (),
+    )
     return told
 
 
@@ -144,7 +149,7 @@ def test_a_legal_long_phase_does_not_make_waiting_usual() -> None:
     assert calls.waits(60_700 * MS)
 
 
-def test_an_end_gives_a_timing_with_the_gap_before_the_call() -> None:
+def test_an_end_gives_a_timing() -> None:
     calls = story()
     calls.take(batch(call(1, 100, pending=True, done_ms=0), call(2, 130, done_ms=150)))
     calls.take(batch(ended=(call(1, 100, done_ms=120),)))
@@ -152,20 +157,38 @@ def test_an_end_gives_a_timing_with_the_gap_before_the_call() -> None:
     first, second, third = sorted(calls.timings(), key=lambda one: one.number)
     assert (second.group, second.number) == (77, 2)
     assert second.wait_s == pytest.approx(0.02)
-    assert second.gap_s == pytest.approx(0.03), "from the issue of the call before: its end was not known yet"
     assert first.wait_s == pytest.approx(0.02)
     assert third.group == 78
-    assert third.gap_s == pytest.approx(0.03), "from the end of the call before, of any group"
+
+
+def test_own_work_is_what_lies_between_an_end_and_the_next_call_of_any_group() -> None:
+    calls = story()
+    calls.take(
+        batch(
+            call(1, 100, done_ms=120),
+            call(2, 130),
+            step(0, 140, 90),
+            call(1, 150, done_ms=0, pending=True, group=1),
+        )
+    )
+    calls.take(
+        batch(call(3, 175, done_ms=176), step(1, 190, 50), ended=(call(1, 150, done_ms=160, group=1),))
+    )
+    calls.take(batch(call(4, 200), step(2, 210, 20)))
+    own = [one.own_s for one in calls.steps]
+    assert own == pytest.approx([0.01, 0.015, 0.024]), (
+        "what follows call 2, whose end is not known, is not counted"
+    )
 
 
 def test_a_timing_is_told_once() -> None:
     calls = story()
     calls.take(batch(call(1, 100, done_ms=120), step(0, 130, 77)))
-    sent = RankSample(0, timings=calls.timings(), steps_s=tuple(calls.steps_s))
+    sent = RankSample(0, timings=calls.timings(), steps_to=calls.steps[-1].number if calls.steps else -1)
     calls.take(batch(call(2, 200, done_ms=220), step(1, 230, 78)))
     calls.told(sent, ())
     assert [one.number for one in calls.timings()] == [2]
-    assert calls.steps_s == [0.078]
+    assert [one.seconds for one in calls.steps] == [0.078]
 
 
 def test_agents_that_send_at_other_times_tell_of_the_same_steps() -> None:
@@ -228,6 +251,6 @@ def test_whatever_a_rank_writes_what_is_told_is_bounded(batches: list[list[objec
     assert len(found) <= MAX_CALLS
     assert all(one.age_s >= 0 for one in found)
     assert len(calls.timings()) <= MAX_TIMINGS
-    assert len(calls.steps_s) <= MAX_STEPS
+    assert len(calls.steps) <= MAX_STEPS
     assert len(calls.findings) <= MAX_FINDINGS
     assert calls.lost == 3 * len(batches)

@@ -46,7 +46,13 @@ def lists(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
     return st.lists(inner, max_size=3).map(tuple)
 
 
-RANKS = records(RankSample, steps_s=lists(FLOATS), calls=lists(records(Call)), timings=lists(records(Timing)))
+RANKS = records(
+    RankSample,
+    steps_s=lists(FLOATS),
+    own_s=lists(FLOATS),
+    calls=lists(records(Call)),
+    timings=lists(records(Timing)),
+)
 
 
 @given(RANKS)
@@ -87,7 +93,7 @@ def test_last_values_are_left_out_where_they_are_the_defaults() -> None:
     assert text(Wish()) == b"[]"
     assert read(Wish, []) == Wish()
     assert text(RankSample(3)) == b"[3]"
-    assert text(RankSample(3, phase=2)) == b"[3,-1,0,[],2]"
+    assert text(RankSample(3, phase=2)) == b"[3,-1,0,[],[],-1,2]"
 
 
 def test_floats_keep_four_digits_and_whole_ones_no_point() -> None:

@@ -36,7 +36,16 @@ class Watched:
     def rank(self, rank: int, **change: object) -> RankSample:
         step = int(self.world.now * 10)
         call = Call(GROUP.key, issued=step, kind=1, age_s=0.05)
-        base = RankSample(rank, step=step, step_age_s=0.05, steps_s=(0.1, 0.1), phase=2, calls=(call,))
+        base = RankSample(
+            rank,
+            step=step,
+            step_age_s=0.05,
+            steps_s=(0.1, 0.1),
+            own_s=(0.05, 0.05),
+            steps_to=step,
+            phase=2,
+            calls=(call,),
+        )
         return replace(base, **change)  # type: ignore[arg-type]
 
     def take(self, sample: Sample) -> int:
@@ -104,7 +113,7 @@ def test_a_frozen_rank_is_named_within_two_seconds_and_the_job_restarts() -> Non
         if tick % 10 == 0:
             watched.world.settle()  # heartbeats
         if tick % 2 == 0 and frozen:
-            held = {"steps_s": (), "step": 0, "step_age_s": frozen, "calls": ()}
+            held = {"steps_s": (), "own_s": (), "step": 0, "step_age_s": frozen, "calls": ()}
             stopped = watched.rank(2, process="T", process_age_s=frozen, **held)
             watched.take(watched.sample(1, stopped, watched.rank(3, **held)))
             watched.take(watched.sample(0, watched.rank(0, **held), watched.rank(1, **held)))
