@@ -1,4 +1,4 @@
-"""`make demo`: the whole chain on one machine, through faults. A cluster, the chart, a job, six faults, the figures.
+"""`make demo`: the whole chain on one machine, through faults. A cluster, the chart, a job, eight faults, the figures.
 
 KEEP=1 keeps the cluster. The exit code is not zero when a promise was broken.
 """
@@ -15,10 +15,18 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from bench import costs, faults, samples
+from bench import costs, faults, samples, slowness
 from bench.faults import Scene
 from bench.follow import Follower
-from bench.report import FaultRecord, Report, draw_curve, fault_table, promise_table, promises
+from bench.report import (
+    FaultRecord,
+    Report,
+    draw_curve,
+    fault_table,
+    promise_table,
+    promises,
+    verdict_table,
+)
 from bench.stage import ROOT, Stage, opened, wait_until
 
 if TYPE_CHECKING:
@@ -41,7 +49,8 @@ def main() -> int:
         report.torchrun_rank_kill_s = torchrun_rank_kill(stage)
     found = promises(report, interval)
     report.write(OUT / "report.json")
-    console.print(fault_table(report.faults), promise_table(found), sep="\n")
+    tables = (fault_table(report.faults), verdict_table(report.verdicts), promise_table(found))
+    console.print(*tables, sep="\n")
     console.print(
         f"report: {OUT / 'report.json'}\nloss curve: {OUT / 'loss.png'}\n{time.monotonic() - started:.0f} s in all"
     )
@@ -68,6 +77,13 @@ def train_through_faults(stage: Stage, report: Report) -> int:
     with live(scene.follower):
         scene.follower.wait_step(2 * interval, 120)
         report.idle_core_percent, report.rss_mb = costs.measure(scene)
+        for kind, slow in (("rank-slow", slowness.rank_slow), ("link-slow", slowness.link_slow)):
+            # First, because what is slow is told by what steps were like before, in the same generation.
+            marks.append((time.time(), kind))
+            say(f"[bold]{kind}[/bold]")
+            report.verdicts.append(slow(scene))
+            say(f"  {report.verdicts[-1].told_s:.2f} s until: {report.verdicts[-1].text}")
+            faults.settle(scene, 3 * interval)
         for kind in ("rank-kill", "rank-freeze", "operator-kill", "coordinator-cut", "node-cut"):
             marks.append((time.time(), kind))
             report.faults.append(break_something(scene, kind, report))
@@ -99,6 +115,7 @@ def finish(scene: Scene, report: Report, marks: list[tuple[float, str]]) -> None
     report.val_nats_per_byte = samples.validation(scene.follower.lines)
     report.fork_to_collective_s = samples.fork_to_collective(scene.follower.lines)
     report.goodput = samples.goodput(steps)
+    report.verdicts_without_fault = slowness.without_fault(scene, marks)
     audit = samples.audit(scene)
     report.samples_missing, report.samples_twice = audit.missing, audit.twice
     OUT.mkdir(parents=True, exist_ok=True)

@@ -28,6 +28,19 @@ class FaultRecord:
 
 
 @dataclass
+class VerdictRecord:
+    """One fault that slows, and what was said of it. Seconds and steps count from the moment of the fault."""
+
+    kind: str
+    at_step: int
+    told_s: float
+    steps: int
+    text: str
+    right: bool
+    """It names who it was."""
+
+
+@dataclass
 class Report:
     """The figures of one demo run, in the order of `report.json`."""
 
@@ -44,6 +57,8 @@ class Report:
     idle_core_percent: float | None = None
     rss_mb: dict[str, float] = field(default_factory=dict)
     faults: list[FaultRecord] = field(default_factory=list)
+    verdicts: list[VerdictRecord] = field(default_factory=list)
+    verdicts_without_fault: list[str] = field(default_factory=list)
 
     def write(self, path: Path) -> None:
         """Write `report.json`."""
@@ -68,6 +83,7 @@ class Promise:
 
 # A single run may take twice the median that `bench/recovery.py` holds it to.
 SINGLE_RUN = 2.0
+VERDICT_S = 5.0
 STEPPING_AGAIN_S = {"rank-kill": 1.5, "rank-freeze": 4.0, "node-cut": 6.0}
 
 
@@ -97,6 +113,10 @@ def promises(report: Report, interval: int) -> list[Promise]:
         Promise("fork to first collective", report.fork_to_collective_s, 0.15 * SINGLE_RUN, "s"),
         Promise("idle cost", report.idle_core_percent, 3 * SINGLE_RUN, "% of a core"),
     ]
+    found += [
+        Promise(f"{v.kind}: named", v.told_s if v.right else None, VERDICT_S, "s") for v in report.verdicts
+    ]
+    found.append(Promise("verdicts without a fault", len(report.verdicts_without_fault), 0, "verdicts"))
     for name, bound in (("operator", 90), ("coordinator", 60), ("agent", 60)):
         found.append(Promise(f"memory of the {name}", report.rss_mb.get(name), bound, "MB"))
     return found
@@ -124,6 +144,16 @@ def fault_table(faults: Sequence[FaultRecord]) -> Table:
         decided = "-" if f.detected_s is None else f"{f.detected_s:.2f} s"
         again = f"{f.stepping_again_s:.2f} s"
         table.add_row(f.kind, str(f.at_step), decided, again, str(f.lost_steps), f.generation)
+    return table
+
+
+def verdict_table(verdicts: Sequence[VerdictRecord]) -> Table:
+    """What was said of the faults that slow."""
+    table = Table(title="Verdicts", title_justify="left")
+    for column in ("fault", "at step", "said after", "steps", "what"):
+        table.add_column(column, justify="left" if column in ("fault", "what") else "right")
+    for v in verdicts:
+        table.add_row(v.kind, str(v.at_step), f"{v.told_s:.2f} s", str(v.steps), v.text)
     return table
 
 
