@@ -1,6 +1,7 @@
 """Faults of every kind in a laboratory of real agents, ranks and coordinator: what was found, how soon, and who was blamed wrongly.
 
-`python -m bench.health [--quick] [--rows F3,F7] [--trials N] [--resume] [--tune] [--busy] [--torchrun N] [--soak MINUTES] [--json FILE]`.
+`python -m bench.health [--quick] [--rows F3,F7] [--ranks 2,4] [--trials N] [--resume] [--tune] [--busy] [--torchrun N] [--soak MINUTES]
+[--json FILE]`.
 Trials are drawn from seeds (`bench/lab/draws.py`) and written one JSON line each to FILE with the ending `.trials.jsonl`, so that
 `--resume` goes on where a run was cut off and anybody can grade them again. Linux and root.
 """
@@ -56,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rows", type=_rows, default=draws.all_rows(), help="such as F3,F7; default: all")
+    parser.add_argument("--ranks", type=_ranks, default=draws.WORLDS, help="sizes of jobs; default: all")
     parser.add_argument("--trials", type=int, default=TRIALS, help="for each syndrome (default %(default)s)")
     parser.add_argument(
         "--quick", action="store_true", help=f"{QUICK} trials for each row, two ranks and more"
@@ -73,6 +75,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _ranks(text: str) -> tuple[int, ...]:
+    chosen = tuple(int(word) for word in text.split(",") if word.isdecimal())
+    if not chosen or not set(chosen) <= set(draws.WORLDS):
+        sizes = ", ".join(map(str, draws.WORLDS))
+        raise argparse.ArgumentTypeError(f"{text!r} names no sizes; sizes: {sizes}")
+    return chosen
+
+
 def _rows(text: str) -> tuple[str, ...]:
     chosen = tuple(text.split(","))
     for row in chosen:
@@ -87,6 +97,7 @@ def measure(options: argparse.Namespace, raw: Path) -> list[Row]:
     """All trials that are not written yet; the figures of all that are."""
     first = draws.TUNE if options.tune else draws.MEASURE
     planned = draws.plan(options.rows, QUICK if options.quick else options.trials, first)
+    planned = [one for one in planned if one.ranks in options.ranks]
     if not options.resume:
         raw.unlink(missing_ok=True)
     done = load(raw)

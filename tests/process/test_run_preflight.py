@@ -118,8 +118,8 @@ from stormjib_health.confirm import transfer
 honest = transfer._burst
 async def slow(reader, writer, found):
     await asyncio.sleep(0.3)
-    found.seconds += 0.3
     await honest(reader, writer, found)
+    found.bursts[-1] += 0.3
 transfer._burst = slow
 """
 """As sitecustomize of every process of the job: a host on which each burst takes 0.3 s longer."""

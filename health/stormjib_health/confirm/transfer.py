@@ -17,6 +17,7 @@ import hashlib
 import hmac
 import ipaddress
 import socket
+import statistics
 import struct
 import time
 from dataclasses import dataclass, field
@@ -178,8 +179,8 @@ async def measure(peer: str, token: str, limit_s: float = LIMIT_S) -> Answer:
     """Measure the path to `peer` (`host:port`). Always answers within `limit_s` and LIMIT_S, whatever the peer does.
 
     The answer (its `id` is 0) is `ok` once bytes have arrived: `bytes` of the bursts so far, `seconds` that they would have
-    taken had all been as quick as the quickest, `rtt_s` the shortest of the pings: a busy processor or a queue spoils one of
-    them, a slow path all. `text` says what was cut off, or why nothing was measured.
+    taken had all been like the median one, `rtt_s` the shortest of the pings: a busy processor spoils one of them, the store of
+    a rate limiter favours the first, a slow path shows in all. `text` says what was cut off, or why nothing was measured.
     """
     limit_s = max(0.0, min(limit_s, LIMIT_S))
     found = _Found()
@@ -213,7 +214,8 @@ class _Found:
     def answer(self, problem: str) -> Answer:
         if problem and self.doing == "transfer to":
             problem += f": {self.bytes} of {BURSTS * BURST_BYTES} bytes, {len(self.pings)} of {PINGS} pings"
-        seconds = len(self.bursts) * min(self.bursts, default=0.0) + self.unfinished_s
+        usual = statistics.median(self.bursts) if self.bursts else 0.0
+        seconds = len(self.bursts) * usual + self.unfinished_s
         rtt = min(self.pings, default=0.0)
         ok, text = self.bytes > 0, problem[:512]
         return Answer(0, ok, seconds, bytes=self.bytes, again=self.again, rtt_s=rtt, text=text)

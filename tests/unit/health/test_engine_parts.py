@@ -219,6 +219,13 @@ def test_nothing_is_learned_while_something_is_suspicious() -> None:
     assert own.growth(60.0, 0.01).ratio[0] == pytest.approx(2.0)
 
 
+def test_own_work_says_how_far_off_healthy_steps_are() -> None:
+    noisy = [0.04, 0.06] * 30
+    growth = worked(noisy, [0.05] * 60).growth(55.5, 0.0)
+    assert growth.noise[0] == pytest.approx(0.01 / 2, rel=0.3), "four steps"
+    assert growth.noise[1] == pytest.approx(0.0, abs=1e-6)
+
+
 # --- edges ---
 
 

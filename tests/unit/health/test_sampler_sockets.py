@@ -30,6 +30,7 @@ def test_a_recorded_dump_gives_both_families_with_their_counts() -> None:
     assert (client.family, client.remote, client.sent, client.received) == (2, "127.0.0.1:5001", 1000, 0)
     assert (server.remote, server.sent, server.received, server.unread) == ("127.0.0.2:41399", 0, 1000, 0)
     assert (client.backoff, client.unacked, client.unsent, client.retransmitted) == (0, 0, 0, 0)
+    assert client.window == 70_656
     assert client.rto_us >= 200_000
     assert 0 < client.rtt_us < 1000
     assert client.last_ack_ms < 1000

@@ -70,6 +70,15 @@ def test_the_second_hang_of_one_node_takes_it_out_and_accuses_it() -> None:
     assert world.slots == [0, 2], "it does not come back"
 
 
+def test_slowness_that_no_check_confirmed_is_not_held_against_a_node() -> None:
+    world = running_world(bounds(2, 1, spares=1))
+    find(world, replace(SLOW, confirmed=False))
+    assert world.state.strikes == {}
+    find(world, replace(FROZEN, id=2))
+    assert world.slots == [0, 1], "its first hang: the node stays"
+    assert dict(world.state.strikes) == {"pod-1": 1}
+
+
 def test_the_same_trouble_told_twice_acts_once() -> None:
     world = running_world(bounds(2, 1, rules=(Rule(Action.NOTE, confirmed=False),)))
     find(world, FROZEN)
