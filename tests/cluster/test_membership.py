@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import signal
+import threading
 import time
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -93,17 +95,13 @@ def test_what_a_cut_node_goes_on_committing_is_neither_loaded_nor_counted(
     before = faults.latest(scene)
     victim = scene.member_pods()[0]["spec"]["nodeName"]
     at = time.time()
-    quiet_stage.cluster.cut(victim)
-    again = scene.follower.first_step_after(at, 60, newer_than=before.generation)
-    resumed = next(r for line, r in samples.events(scene.follower.lines, "resumed") if line.at > at)
-    root, zombies = samples.root(scene), set[int]()
-
-    def two_zombies() -> bool:
-        """Collected, because the new generation's retention takes each of them away again."""
-        zombies.update(s for s in manifests(root, before.generation) if s > resumed["step"])
-        return len(zombies) >= 2
-
-    wait_until(two_zombies, 60, "two zombie commits", every=0.01)
+    with collected(samples.root(scene), before.generation) as commits:
+        quiet_stage.cluster.cut(victim)
+        again = scene.follower.first_step_after(at, 60, newer_than=before.generation)
+        resumed = next(r for line, r in samples.events(scene.follower.lines, "resumed") if line.at > at)
+        wait_until(
+            lambda: sum(step > resumed["step"] for step in list(commits)) >= 2, 60, "two zombie commits"
+        )
     wait_until(lambda: points(scene)[0].generation == again.generation, 60, "a commit of the new generation")
     known = points(scene)
     zombie = [p.step for p in known if p.generation == before.generation and p.step > resumed["step"]]
@@ -217,6 +215,25 @@ def often(change: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, Any]]
         job["spec"]["checkpoint"]["interval"]["steps"] = 3
 
     return changed
+
+
+@contextmanager
+def collected(folder: Path, generation: str) -> Iterator[set[int]]:
+    """Steps that a generation commits while the block runs. Looked for all the time, because its successor's retention takes
+    each of them away again."""
+    commits, over = set[int](), threading.Event()
+
+    def look() -> None:
+        while not over.wait(0.005):
+            commits.update(manifests(folder, generation))
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield commits
+    finally:
+        over.set()
+        thread.join()
 
 
 def manifests(folder: Path, generation: str) -> list[int]:
