@@ -64,7 +64,7 @@ class Cut:
             return self._node(quiet[0], 0.8, sentence, rows, False, lasted_s)
         outcome = self._bursts(a, b, now)
         if outcome and outcome.part is Part.NODE:
-            sentence = f"no burst gets through {outcome.side} of slot {outcome.slots[0]}, to whomever"
+            sentence = f"slot {outcome.slots[0]} fails at {outcome.side} bursts, with whomever"
             return self._node(outcome.slots[0], outcome.sure, sentence, rows, True, lasted_s)
         sure, confirmed = 0.7, False
         if outcome and outcome.part is Part.LINK:

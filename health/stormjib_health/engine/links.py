@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 SLOW = Syndrome.COMMUNICATION_SLOW
 MOST_DOUBLED = 6
+"""Then the wait for the next round grows no more."""
 
 
 class Links:
@@ -116,7 +117,7 @@ class Links:
     def _named(self, outcome: Outcome, rows: list[Evidence], sure: float, now: float) -> Verdict:
         confirmed = sure > 0.6
         if outcome.part is Part.NODE:
-            sentence = f"{outcome.side} of slot {outcome.slots[0]} is slow, to every peer"
+            sentence = f"slot {outcome.slots[0]} is slow at {outcome.side}, with every peer"
             return self._node(outcome.slots[0], sure, sentence, rows, now, confirmed)
         return self._link(self._on(outcome.slots), sure, confirmed, rows, now)
 
@@ -129,7 +130,7 @@ class Links:
         """No burst says more: what the connections themselves say, and less sure."""
         best, part, peers = cover([(*self._ends(heat), log_heat(heat.factor)) for heat in self._hot])
         if peers >= 2 and part >= self._book.limits.node_part:
-            return self._node(best, 0.5, f"one side of slot {best} is slow, to every peer", rows, now, False)
+            return self._node(best, 0.5, f"slot {best} is slow, with every peer", rows, now, False)
         return self._link(self._hot[0], 0.4, False, rows, now)
 
     def _node(

@@ -75,17 +75,18 @@ class Slow:
         crowd = self._crowd(blame)
         if throttled := self._throttled():
             return self._of_ranks(blame, growth, throttled, 0.9, now)
-        if named := self._grown(growth, limits.own_part):
+        if named := self._grown(growth):
             return self._of_suspect(blame, growth, named, now)
-        if self._leads(growth, limits.own_part):
+        if self._leads(growth):
             return self._imbalance(blame, growth, now)  # it wants to be seen more often
         if self._inherited(growth, crowd):
             return self._links.look(now)
-        if named := self._late_ranks(blame, crowd) or self._grown_of_many(growth, crowd):
+        if named := self._late_ranks(blame, crowd):
             return self._of_suspect(blame, growth, named, now)
         if len(self._book.slots_of(crowd)) == 1:
             return self._imbalance(blame, growth, now)  # so does this
-        return self._links.look(now) or self._by_nobody_else(blame, growth, now)
+        found = self._links.look(now)
+        return found or (self._imbalance(blame, growth, now) if self._links.nothing else None)
 
     # --- the processor, and own work ---
 
@@ -98,27 +99,22 @@ class Slow:
         crowd = sorted(rank for rank, part in more.items() if part > top / 3)
         return crowd if len(self._book.slots_of(crowd)) == 1 < len(self._book.slots) else []
 
-    def _leads(self, growth: Growth, part: float) -> list[int]:
-        """Ranks of one slot whose own work has grown far more than all others', by so large a part of the lost time."""
+    def _leads(self, growth: Growth) -> list[int]:
+        """Ranks of one slot whose own work has grown far more than all others', by some part of the lost time."""
         limits = self._book.limits
         first = max(growth.more.values(), default=0.0)
-        if first <= part * self._pace.excess:
+        if first <= limits.own_part * self._pace.excess:
             return []
         crowd = sorted(rank for rank, more in growth.more.items() if more > first / limits.own_lead)
         grown = all(growth.ratio[rank] >= limits.own_ratio for rank in crowd)
         grown &= all(growth.more[rank] > limits.noises * growth.noise[rank] for rank in crowd)
         return crowd if grown and len(self._book.slots_of(crowd)) == 1 else []
 
-    def _grown(self, growth: Growth, part: float) -> tuple[Sequence[int], float] | None:
+    def _grown(self, growth: Growth) -> tuple[Sequence[int], float] | None:
         """The same, and not by chance."""
-        ranks = self._leads(growth, part)
+        ranks = self._leads(growth)
         luck = self._luck_of(growth.most, ranks, len(self._book.ranks)) if ranks else 1.0
         return self._surely(ranks, luck)
-
-    def _grown_of_many(self, growth: Growth, crowd: Sequence[int]) -> tuple[Sequence[int], float] | None:
-        """Among ranks that are late alike, the one whose own work has grown: pipelines."""
-        named = self._grown(growth, self._book.limits.own_part) if len(crowd) > 1 else None
-        return (named[0], 0.6) if named and named[0][0] in crowd else None
 
     # --- lateness ---
 
@@ -160,14 +156,6 @@ class Slow:
         if of < limits.late_steps or hits < limits.late_share * total:
             return 1.0
         return chance(int(of * hits / total), of, max(2, round(size / len(ranks))))
-
-    def _by_nobody_else(self, blame: Blame, growth: Growth, now: float) -> Verdict | None:
-        """Connections say nothing either: own work where nobody is late, or somebody else each time."""
-        if not self._links.nothing:
-            return None
-        if not self._crowd(blame) and (named := self._grown(growth, self._book.limits.own_part)):
-            return self._of_suspect(blame, growth, (named[0], min(0.6, named[1])), now)
-        return self._imbalance(blame, growth, now)
 
     def _imbalance(self, blame: Blame, growth: Growth, now: float) -> Verdict | None:
         limits, pace = self._book.limits, self._pace

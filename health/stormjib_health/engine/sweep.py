@@ -45,7 +45,7 @@ class Outcome:
     slots: tuple[int, ...] = ()
     """NODE: the slot; LINK: the two slots, the slower direction's sender first."""
     side: str = ""
-    """NODE: in words."""
+    """NODE: `sending`, `receiving`, or both."""
     sure: float = 0.0
     """0 to 1."""
 
@@ -106,7 +106,7 @@ def _slow(answers: Mapping[Pair, Answer], limits: Thresholds, lost_per_byte: flo
 
 def _side(bad: Sequence[Pair], slot: int) -> str:
     out, into = any(a == slot for a, _ in bad), any(b == slot for _, b in bad)
-    return "both sides" if out and into else "the sending side" if out else "the receiving side"
+    return "sending and receiving" if out and into else "sending" if out else "receiving"
 
 
 def _elsewhere(answers: Mapping[Pair, Answer], bad: Sequence[Pair]) -> bool:

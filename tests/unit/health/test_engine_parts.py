@@ -132,9 +132,9 @@ def test_slow_bursts_point_at(slow: tuple[tuple[int, int], ...], part: Part, slo
 
 
 def test_which_side_of_a_node_is_slow() -> None:
-    assert judge(bursts((0, 1), (0, 2)), DEFAULT).side == "the sending side"
-    assert judge(bursts((1, 0), (2, 0)), DEFAULT).side == "the receiving side"
-    assert judge(bursts((1, 0), (0, 2)), DEFAULT).side == "both sides"
+    assert judge(bursts((0, 1), (0, 2)), DEFAULT).side == "sending"
+    assert judge(bursts((1, 0), (2, 0)), DEFAULT).side == "receiving"
+    assert judge(bursts((1, 0), (0, 2)), DEFAULT).side == "sending and receiving"
 
 
 def test_a_burst_beside_others_may_take_a_while() -> None:
