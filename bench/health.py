@@ -76,11 +76,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _ranks(text: str) -> tuple[int, ...]:
-    chosen = tuple(int(word) for word in text.split(",") if word.isdecimal())
-    if not chosen or not set(chosen) <= set(draws.WORLDS):
-        sizes = ", ".join(map(str, draws.WORLDS))
-        raise argparse.ArgumentTypeError(f"{text!r} names no sizes; sizes: {sizes}")
-    return chosen
+    sizes = {str(size): size for size in draws.WORLDS}
+    words = text.split(",")
+    if unknown := [word for word in words if word not in sizes]:
+        raise argparse.ArgumentTypeError(f"no size {unknown[0]!r}; sizes: {', '.join(sizes)}")
+    return tuple(sizes[word] for word in words)
 
 
 def _rows(text: str) -> tuple[str, ...]:

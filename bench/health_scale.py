@@ -12,7 +12,7 @@ from fakes.traces import Fault, Shape, Trace
 from fakes.traces_cases import CASES, Case, judge
 from fakes.traces_play import Play
 from stormjib_health.wire import Sample
-from stormjib_runtime.codec import decode, encode
+from stormjib_runtime.codec import pack, unpack
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -89,15 +89,15 @@ def timed(call: Callable[P, R], into: list[float]) -> Callable[P, R]:
 
 
 def agents(count: int) -> Row:
-    """Part of a core for decode, observe and tick with `count` agents, a sample every 6 ms."""
+    """Part of a core for unpack, observe and tick with `count` agents, a sample every 6 ms."""
     trace = Trace(Shape("tp_dp", count * PER_SLOT, PER_SLOT, PER_SLOT, step_s=1.0), 2)
     play = Play(trace, 2, lost=0.0, interval=count * 0.006)
-    bodies = [encode(trace.sample(slot, 8.0 + i * 0.006)) for i, slot in enumerate(trace.slots)]
-    bodies += [encode(trace.sample(slot, 16.0 + i * 0.006)) for i, slot in enumerate(trace.slots)]
+    bodies = [pack(trace.sample(slot, 8.0 + i * 0.006)) for i, slot in enumerate(trace.slots)]
+    bodies += [pack(trace.sample(slot, 16.0 + i * 0.006)) for i, slot in enumerate(trace.slots)]
     for i, body in enumerate(bodies[:count]):
-        play.engine.observe(decode(Sample, body), 8.0 + i * 0.006)
+        play.engine.observe(unpack(Sample, body), 8.0 + i * 0.006)
     cost = [spend(play, bodies[count + k :][:100], 16.0 + k * 0.006) for k in range(0, count, 100)]
-    return Row.of("part of a core", f"{count} agents", "decode + observe + tick", cost, "")
+    return Row.of("part of a core", f"{count} agents", "unpack + observe + tick", cost, "")
 
 
 def spend(play: Play, bodies: Sequence[bytes], now: float) -> float:
@@ -105,7 +105,7 @@ def spend(play: Play, bodies: Sequence[bytes], now: float) -> float:
     began = time.process_time()
     for i, body in enumerate(bodies):
         at = now + i * 0.006
-        play.engine.observe(decode(Sample, body), at)
+        play.engine.observe(unpack(Sample, body), at)
         if i % 16 == 0:
             play.engine.tick(at)
     return (time.process_time() - began) / (len(bodies) * 0.006)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from bench import pods
 from bench.faults import latest
+from bench.lab.grade import NOTES
 from bench.report import VerdictRecord
 from bench.stage import StageError
 from stormjib_fault import catalogue, shell
@@ -34,7 +35,7 @@ NAMED_S = 30.0
 MEASURE_S = 1.0
 AFTERMATH_S = 30.0
 """A fault that was healed is still seen by its traces: a lost node comes back, a spare imports torch."""
-VERDICT = re.compile(r"verdict \d+: (\w+), (\w+) ([\d ]+) \(([\d.]+)")
+VERDICT = re.compile(r"verdict \d+: (\w+), (\w+) ([\d ]+|nobody) \(([\d.]+)")
 
 
 def rank_slow(scene: Scene) -> VerdictRecord:
@@ -100,12 +101,12 @@ def _verdict(scene: Scene, at: float, syndrome: str) -> object:
 
 
 def without_fault(scene: Scene, marks: Sequence[tuple[float, str]]) -> list[str]:
-    """Verdicts that are sure of something, though nothing was done to the job for a while: (time, fault) of what was done."""
+    """Verdicts that are more than a note, though nothing was done to the job for a while: (time, fault) of what was done."""
     found = []
     for line in list(scene.follower.lines):
         verdict = VERDICT.match(line.text) if "-coord-" in line.pod else None
         caused = any(at <= line.at <= at + AFTERMATH_S for at, _ in marks)
-        if verdict and float(verdict[4]) >= SURE and not caused:
+        if verdict and float(verdict[4]) >= SURE and verdict[1] not in NOTES and not caused:
             found.append(line.text)
     return found
 

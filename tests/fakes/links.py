@@ -57,9 +57,15 @@ class TwoHosts:
         """Drop what a host sends, from now on; `match` in the words of iptables."""
         command(*self.inside(host), "iptables", "-A", "OUTPUT", "-o", "eth0", *match, "-j", "DROP")
 
+    def lose(self, host: int, probability: float) -> None:
+        """Lose this part of what a host is sent, in packets as a wire has them: cables here hand on 64 KiB at once."""
+        command("ip", "-n", self.names[1 - host], "link", "set", "eth0", "gso_max_segs", "1")
+        chance = ("-m", "statistic", "--mode", "random", "--probability", str(probability))
+        command(*self.inside(host), "iptables", "-A", "INPUT", "-i", "eth0", *chance, "-j", "DROP")
+
     def dropped(self, host: int) -> int:
         """Packets dropped so far: the proof that a fault has fired."""
-        listed = command(*self.inside(host), "iptables", "-nvxL", "OUTPUT")
+        listed = command(*self.inside(host), "iptables", "-nvxL")
         return sum(int(count) for count in re.findall(r"^\s*(\d+)\s+\d+\s+DROP", listed, re.MULTILINE))
 
     def slow(self, host: int, rate: str, link: str = "eth0") -> None:

@@ -12,6 +12,7 @@ import pytest
 from fakes.agents import SCRIPTS
 from fakes.links import V4, V6, TwoHosts
 from stormjib_health.confirm.transfer import BURST_BYTES, BURSTS, PINGS
+from stormjib_health.engine import DEFAULT
 from stormjib_health.wire import Answer
 from stormjib_runtime import codec
 from stormjib_runtime.environment import join_address
@@ -120,6 +121,17 @@ def test_a_link_too_slow_for_the_whole_still_gives_its_rate(pair: Pair) -> None:
     assert f"{answer.bytes} of {WHOLE} bytes" in answer.text
     assert 0.25e6 < answer.bytes / answer.seconds < 1e6
     assert pair.hosts.sent_shaped(0) > answer.bytes
+
+
+def test_what_is_lost_on_the_way_is_counted_by_who_sends_it(pair: Pair) -> None:
+    assert pair.measure(0).again == 0
+    pair.hosts.lose(1, 0.04)
+    there, back = pair.measure(0), pair.measure(1)
+    assert pair.hosts.dropped(1) > 0
+    assert there.again >= DEFAULT.burst_again, (
+        f"of {there.bytes} bytes, {pair.hosts.dropped(1)} packets dropped"
+    )
+    assert back.again < DEFAULT.burst_again, "only its acknowledgements are lost"
 
 
 def test_a_pulled_cable_is_an_answer(pair: Pair) -> None:

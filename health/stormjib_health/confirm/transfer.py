@@ -13,6 +13,7 @@ Whoever does not know the token gets no byte, and nobody gets more than a few co
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import hmac
 import ipaddress
@@ -239,9 +240,12 @@ async def _measure(host: str, port: int, token: str, ping_s: float, found: _Foun
 
 
 def _sent_again(connection: socket.socket) -> int:
-    """Segments that the kernel has sent more than once: what is lost shows here, however quick the best burst was."""
-    info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _RETRANSMITTED.size)
-    return int(_RETRANSMITTED.unpack(info)[0]) if len(info) == _RETRANSMITTED.size else 0
+    """Segments that the kernel has sent more than once: what is lost shows here, however quick the bursts were. 0 where the
+    connection is gone already."""
+    with contextlib.suppress(OSError):
+        info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _RETRANSMITTED.size)
+        return int(_RETRANSMITTED.unpack(info)[0])
+    return 0
 
 
 async def _ping(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, found: _Found) -> None:

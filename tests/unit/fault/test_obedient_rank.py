@@ -6,6 +6,8 @@ import ctypes
 import json
 import math
 import os
+import signal
+import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -43,6 +45,22 @@ def test_whoever_reads_it_obeys_an_order_for_anybody_from_its_step_on(
         rank.step(step)
     assert said == ["Checkpoint", "Step"]
     assert [one["step"] for one in control.done(0)] == [3]
+
+
+def test_a_signal_does_not_end_the_hold_on_the_interpreter(control: Control, tmp_path: Path) -> None:
+    """The agent asks for stacks by one, and the fault would be over when it is looked at."""
+    rung: list[int] = []
+    before = signal.signal(signal.SIGALRM, lambda number, _: rung.append(number))
+    control.order(0, os.getpid(), "gil", seconds=0.3)
+    began = time.monotonic()
+    signal.setitimer(signal.ITIMER_REAL, 0.05, 0.05)
+    try:
+        Obedient(tmp_path, 0).step(1)
+        assert time.monotonic() - began >= 0.29
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert rung, "no signal came"
 
 
 def test_a_skipped_collective_is_one_collective(control: Control, tmp_path: Path) -> None:

@@ -181,6 +181,13 @@ def test_own_work_is_what_lies_between_an_end_and_the_next_call_of_any_group() -
     )
 
 
+def test_a_step_is_told_by_the_number_of_its_record_though_the_clock_is_ahead() -> None:
+    calls = story()
+    calls.take(batch(call(1, 100, done_ms=120), step(4, 130, 77)), step=5)
+    assert calls.step == 5
+    assert [one.number for one in calls.steps] == [4]
+
+
 def test_a_timing_is_told_once() -> None:
     calls = story()
     calls.take(batch(call(1, 100, done_ms=120), step(0, 130, 77)))
