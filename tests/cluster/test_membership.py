@@ -15,7 +15,8 @@ from cluster.jobs import cause_of, endless, sized, start
 from bench import faults, pods, samples
 from bench.follow import Follower
 from bench.stage import Stage, wait_until
-from stormjib_checkpoint.history import committed
+from stormjib_checkpoint import layout
+from stormjib_checkpoint.history import committed, saves
 from stormjib_checkpoint.storage import Local
 from stormjib_local.hosts import Host
 
@@ -122,13 +123,13 @@ def test_a_job_applied_again_goes_on_from_its_predecessor_past_a_damaged_step(
     wait_until(
         lambda: not quiet_stage.get("pods", "-n", namespace, "-l", gone)["items"], 60, "the pods to be gone"
     )
-    known = points(scene)
-    damage(samples.root(scene) / f"step-{known[0].step:08d}" / f"g{known[0].generation}")
+    good = points(scene)[1]
+    damage_after(samples.root(scene), good.step)
     scene.follower.close()
-    again = start(quiet_stage, namespace, sized(1, 1, 0, processes=2), step=known[1].step + 1)
+    again = start(quiet_stage, namespace, sized(1, 1, 0, processes=2), step=good.step + 1)
     resumed = next(r for _, r in samples.events(again.follower.lines, "resumed"))
-    assert (resumed["step"], resumed["of"]) == (known[1].step, known[1].generation)
-    assert resumed["generation"] > known[0].generation
+    assert (resumed["step"], resumed["of"]) == (good.step, good.generation)
+    assert resumed["generation"] > good.generation
     again.follower.close()
 
 
@@ -243,9 +244,12 @@ def manifests(folder: Path, generation: str) -> list[int]:
     )
 
 
-def damage(folder: Path) -> None:
-    """Flip one bit in the middle of a rank's data."""
-    path = next(folder.glob("rank-*.safetensors"))
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
+def damage_after(root: Path, step: int) -> None:
+    """Flip one bit in the middle of every rank's data of the later steps: also of one that was left complete but
+    uncommitted, because the successor commits it."""
+    for save in saves(Local(root)):
+        if save[0] > step:
+            for path in (root / layout.folder(*save)).glob("rank-*.safetensors"):
+                data = bytearray(path.read_bytes())
+                data[len(data) // 2] ^= 1
+                path.write_bytes(data)
