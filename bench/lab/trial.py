@@ -81,7 +81,7 @@ def _run(lab: Site, trial: Trial) -> Record:
         before = lab.watcher.until(lambda state: True, HEALTHY_S)
         began = time.monotonic()
         fault.inject()
-        return _observe(lab, trial, world, fault, began, before)
+        return _observe(lab, trial, world, fault, fault.struck_at or began, before)
     finally:
         fault.heal()
 

@@ -36,6 +36,8 @@ class Fault(ABC):
     def __init__(self, world: World, draw: Draw) -> None:
         self.world = world
         self.draw = draw
+        self.struck_at = 0.0
+        """This machine's monotonic seconds, where a fault takes its time from `inject` to the harm; else 0."""
 
     @classmethod
     def drawn(cls, seed: int, ranks: int) -> Draw:

@@ -58,6 +58,8 @@ class OutOfMemory(Fault):
 
     name, row, laboratory = "out-of-memory", "F1", True
     LIMIT: ClassVar[int] = 96 << 20
+    FILLED_S: ClassVar[float] = 2.0
+    """By then it has asked for all of it."""
 
     def truth(self) -> Truth:
         return self.rank_truth(words.CRASH)
@@ -72,6 +74,10 @@ class OutOfMemory(Fault):
 
     def inject(self) -> None:
         self._control.order(self.draw.victim, self._pid, "allocate", mebibytes=3 * (self.LIMIT >> 20))
+        end = time.monotonic() + self.FILLED_S
+        while proc.alive(self._pid) and time.monotonic() < end:
+            time.sleep(0.002)
+        self.struck_at = time.monotonic()
 
     def heal(self) -> None:
         if hasattr(self, "_group"):

@@ -122,10 +122,12 @@ class Crash:
         accused = self._accused()
         rank, votes = accused.most_common(1)[0] if accused else (-1, 0)
         lasted = now - first.at
-        if rank >= 0 and not self._book.fresh(self._book.ranks[rank], now):
-            sentence = f"{votes} ranks lost their connection to rank {rank}, and its agent is silent"
-            scope, sure = Scope.RANK, 0.7
-            culprits: tuple[int, ...] = (rank,)
+        gone = [slot for slot in self._gone(now) if rank < 0 or slot == self._book.slot_of[rank]]
+        if len(gone) == 1:
+            who = f"{votes} ranks" if votes else words.rank_list([exit.rank for exit in self._exits])
+            sentence = f"{who} lost the connection to slot {gone[0]}, and its agent has been silent since"
+            scope, sure = Scope.NODE, 0.7
+            culprits: tuple[int, ...] = (gone[0],)
         elif rank >= 0 and rank != first.rank:
             sentence = f"the connection of rank {first.rank} and rank {rank} broke; neither had ended before"
             scope, culprits, sure = Scope.LINK, (first.rank, rank), 0.5
@@ -136,6 +138,17 @@ class Crash:
             self._book, Syndrome.CRASH, scope, culprits, confidence=sure, sentence=sentence,
             evidence=self._rows(rank), lasted_s=lasted,
         )  # fmt: skip
+
+    def _gone(self, now: float) -> list[int]:
+        """Slots with ranks that have not ended, as far as anybody knows, and whose agents ought to have been heard since the others'
+        ended: processes that die with their agent are reported by nobody."""
+        at, patience = self._exits[0].at, self._book.limits.gone_intervals
+        return [
+            number
+            for number, slot in self._book.slots.items()
+            if any(rank.exit is None for rank in slot.ranks.values())
+            and (slot.quiet or (slot.heard < at and now - slot.heard > patience * slot.interval))
+        ]
 
     def _accused(self) -> Counter[int]:
         """How often each rank is named by those who lost it. Some ranks share an address: all of them are."""

@@ -35,6 +35,8 @@ class Standstill:
     """Groups that stand though all have entered the call."""
     stuck: list[int] = field(default_factory=list)
     """Groups with a waiting rank."""
+    perhaps: set[int] = field(default_factory=set)
+    """Ranks that wait for a message of which nobody knows whether it is under way."""
 
     @property
     def sinks(self) -> list[int]:
@@ -49,10 +51,9 @@ def stand(book: Book, now: float, least: float) -> Standstill:
     for key, open_calls in by_group.items():
         _look_at_group(book, now, key, open_calls, found)
     for kind in (Kind.RECV, Kind.SEND):
-        if kind is Kind.SEND and found.sinks:
-            break  # a send waits for nobody, as a rule: only where nothing else explains the standstill
+        explained = kind is Kind.SEND and bool(found.sinks)
         for rank, (peer, seconds, call) in pairs.items():
-            if call.kind == kind:
+            if call.kind == kind and not (explained and not _ahead(book, rank, peer, call)):
                 _look_at_pair(book, now, rank, peer, seconds, call, pairs, found)
     return found
 
@@ -109,8 +110,11 @@ def _look_at_pair(
     other = book.ranks[peer]
     met = pairs.get(peer)
     taken = call.kind == Kind.SEND and met is not None and met[0] == rank and met[2].kind == Kind.RECV
-    if taken or _fulfilled(book, rank, other, call):
+    ahead = _ahead(book, rank, peer, call)
+    if taken or ahead is False:
         return
+    if ahead is None:
+        found.perhaps.add(rank)
     found.waiting[rank] = call
     found.longest = max(found.longest, seconds)
     if book.fresh(other, now):
@@ -119,12 +123,15 @@ def _look_at_pair(
         found.unheard.add(peer)
 
 
-def _fulfilled(book: Book, rank: int, peer: RankBook, call: Call) -> bool:
-    """A receive whose message was sent: known for sure only in a group of two, whose counts speak of each other."""
-    theirs = peer.calls.get(call.group)
-    if call.kind != Kind.RECV or theirs is None or len(book.members(call.group)) != 2:
-        return False
-    return rank != peer.rank and theirs.call.sent >= call.received
+def _ahead(book: Book, rank: int, peer: int, call: Call) -> bool | None:
+    """Whether this receive is of a message that was not sent, or this send of one that the other does not receive: then it waits.
+    None where that is not known: only the counts of a group of two speak of each other."""
+    theirs = book.ranks[peer].calls.get(call.group)
+    if theirs is None or len(book.members(call.group)) != 2:
+        return None
+    if call.kind == Kind.RECV:
+        return call.received > theirs.call.sent
+    return call.sent > theirs.call.received
 
 
 def odd_ones(ranks: Iterable[RankBook]) -> list[int]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from stormjib_health.engine import desync, stopped
-from stormjib_health.engine.book import POINT_TO_POINT
 from stormjib_health.engine.cut import Cut
 from stormjib_health.engine.graph import Standstill, odd_ones, stand
 
@@ -133,8 +132,7 @@ class Hang:
             patient = found.longest < book.limits.silent_factor * limit
             return None if patient or len(slots) > 1 else stopped.of_silence(book, slots[0], now, lasted)
         if found.owing and not found.complete:
-            messages = any(call.kind in POINT_TO_POINT for call in found.waiting.values())
-            if not messages:
+            if not found.perhaps:
                 return desync.of_ring(book, found, lasted)
             if odd := odd_ones(book.ranks[rank] for rank in found.waiting):
                 return stopped.of_ranks(book, found, odd, 0.7, False, lasted)

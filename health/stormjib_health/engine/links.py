@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from stormjib_health.engine.checks import Checks, Round
     from stormjib_health.engine.edges import Edges, Heat
     from stormjib_health.engine.pace import Pace
+    from stormjib_health.engine.usual import Usual
 
 SLOW = Syndrome.COMMUNICATION_SLOW
 MOST_DOUBLED = 6
@@ -25,8 +26,9 @@ MOST_DOUBLED = 6
 class Links:
     """One slowdown's look at the connections, with the bursts that it asks for."""
 
-    def __init__(self, book: Book, edges: Edges, pace: Pace, checks: Checks) -> None:
+    def __init__(self, book: Book, edges: Edges, pace: Pace, checks: Checks, usual: Usual) -> None:
         self._book, self._edges, self._pace, self._checks = book, edges, pace, checks
+        self._usual = usual
         self._round: Round | None = None
         self._hot: list[Heat] = []
         """The hottest first."""
@@ -90,7 +92,9 @@ class Links:
         """What this round of bursts says. A named culprit is sure once two rounds in a row name it: one may have met a busy
         processor."""
         self._round = None
-        outcome = sweep.judge(round.transfers(), self._book.limits, self._lost_per_byte())
+        outcome = sweep.judge(
+            round.transfers(), self._book.limits, self._lost_per_byte(), self._usual.per_byte()
+        )
         again = bool(self._said) and sweep.agree(self._said[-1], outcome)
         self._said.append(outcome)
         rows = self._rows(round)

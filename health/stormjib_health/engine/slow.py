@@ -10,6 +10,7 @@ from stormjib_health.engine import words
 from stormjib_health.engine.baseline import chance
 from stormjib_health.engine.links import Links
 from stormjib_health.engine.product import confirm_compute, took
+from stormjib_health.engine.usual import Usual
 from stormjib_health.wire import Evidence, Phase, Scope, Syndrome, Verdict
 
 if TYPE_CHECKING:
@@ -34,10 +35,11 @@ class Slow:
     def __init__(self, book: Book, edges: Edges, pace: Pace, late: Late, own: Own, checks: Checks) -> None:
         self._book, self._edges, self._pace, self._late, self._checks = book, edges, pace, late, checks
         self._own = own
+        self._usual = Usual(book, pace, checks)
         self._clear()
 
     def _clear(self) -> None:
-        self._links = Links(self._book, self._edges, self._pace, self._checks)
+        self._links = Links(self._book, self._edges, self._pace, self._checks, self._usual)
         self._verdict: Verdict | None = None
         self._round: Round | None = None
         self._looked = -1
@@ -45,6 +47,7 @@ class Slow:
     def look(self, now: float) -> Verdict | None:
         """The verdict on the slowdown; None while there is none, or nothing explains it yet."""
         pace = self._pace
+        self._usual.look(now)
         if not pace.slow:
             self._clear()
             return None

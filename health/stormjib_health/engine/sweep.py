@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
+from stormjib_health.engine.baseline import median
 from stormjib_health.engine.edges import cover
 
 if TYPE_CHECKING:
@@ -64,11 +65,16 @@ def pairs(hot: Sequence[Pair], healthy: Sequence[int]) -> list[Pair]:
     return list(dict.fromkeys(both))
 
 
-def judge(answers: Mapping[Pair, Answer], limits: Thresholds, lost_per_byte: float = 0.0) -> Outcome:
-    """What the bursts point at. `lost_per_byte`: seconds that a byte must lose on a bad path to explain the slowdown."""
+def judge(
+    answers: Mapping[Pair, Answer], limits: Thresholds, lost_per_byte: float = 0.0, usual: float = 0.0
+) -> Outcome:
+    """What the bursts point at. `lost_per_byte`: seconds that a byte must lose on a bad path to explain the slowdown. `usual`:
+    seconds that a byte took while all was well, 0 where that is not known."""
     bad = _slow(answers, limits, lost_per_byte)
     if len(answers) < ENOUGH:
         return Outcome(Part.UNKNOWN)
+    if usual > 0 and _everywhere(answers, bad, limits.crowd_ratio * usual):
+        return Outcome(Part.FABRIC, sure=0.8)
     if not bad:
         return Outcome(Part.NOTHING, sure=0.8)
     slot, part, peers = cover([(a, b, 1.0) for a, b in bad])
@@ -102,6 +108,12 @@ def _slow(answers: Mapping[Pair, Answer], limits: Thresholds, lost_per_byte: flo
     return sorted(
         found, key=lambda pair: answers[pair].seconds if answers[pair].ok else math.inf, reverse=True
     )
+
+
+def _everywhere(answers: Mapping[Pair, Answer], bad: Sequence[Pair], limit: float) -> bool:
+    """Also those that are not slow beside the others take more than `limit` seconds a byte."""
+    rest = [a.seconds / a.bytes for pair, a in answers.items() if a.ok and a.bytes > 0 and pair not in bad]
+    return bool(rest) and median(rest) > limit
 
 
 def _side(bad: Sequence[Pair], slot: int) -> str:

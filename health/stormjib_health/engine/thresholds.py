@@ -53,6 +53,8 @@ class Thresholds:
     """Two ranks may die of one cause: the reports of both are awaited. Agents see an exit within this time."""
     victims_s: float = 0.3
     """Ranks that report a lost peer die 0.1 s after it, and may be heard first."""
+    gone_intervals: float = 1.5
+    """Between two samples: an agent that has been silent for longer, while others report exits, is gone itself."""
 
     # --- slow ---
     cusum_slack: float = 0.05
@@ -126,6 +128,8 @@ class Thresholds:
     """Segments of a burst that were sent again: 1 % of them."""
     ping_ratio: float = 3.0
     ping_more_s: float = 0.0005
+    crowd_ratio: float = 3.0
+    """Median time of the bursts that are not slow beside the others, over what bursts took while all was well: all are slow."""
     sweeps: int = 4
     """Rounds of bursts that follow each other at once, until two agree: the first may come before the slowdown is whole."""
     sweep_steps: int = 4

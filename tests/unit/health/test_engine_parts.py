@@ -248,6 +248,13 @@ def engine_of(ranks: int) -> Engine:
     return engine
 
 
+def spoken(engine: Engine, *slots: int) -> Engine:
+    """Samples of these slots that came after the exits that a test is about to tell."""
+    for slot in slots:
+        engine.observe(Sample(1, "u", slot, 0, "1.1", 2, 0.2, (RankSample(slot),)), 0.6)
+    return engine
+
+
 def crash(engine: Engine, *exits: tuple[float, int, int, str], until: float = 2.0) -> list[Verdict]:
     told: list[Verdict] = []
     for tenth in range(1, int(until * 10)):
@@ -306,11 +313,23 @@ def test_only_victims_name_the_silent_rank_or_the_link_or_nobody() -> None:
     engine = engine_of(3)
     engine.silent(2, 0.2)
     (verdict,) = crash(engine, (0.5, 0, 1, VICTIM.format(2)), (0.5, 1, 1, VICTIM.format(2)))
-    assert (verdict.scope, verdict.culprits) == (Scope.RANK, (2,))
-    (verdict,) = crash(engine_of(3), (0.5, 0, 1, VICTIM.format(2)))
+    assert (verdict.scope, verdict.culprits) == (Scope.NODE, (2,))
+    (verdict,) = crash(spoken(engine_of(3), 2), (0.5, 0, 1, VICTIM.format(2)))
     assert (verdict.scope, verdict.culprits) == (Scope.LINK, (0, 2))
-    (verdict,) = crash(engine_of(3), (0.5, 0, 1, VICTIM.format(77)))
+    (verdict,) = crash(spoken(engine_of(3), 1, 2), (0.5, 0, 1, VICTIM.format(77)))
     assert (verdict.scope, verdict.culprits) == (Scope.JOB, ())
+
+
+def test_a_slot_that_says_nothing_after_the_others_ended_has_gone_first() -> None:
+    (verdict,) = crash(spoken(engine_of(3), 1), (0.5, 0, 1, VICTIM.format(77)))
+    assert (verdict.scope, verdict.culprits, verdict.slots) == (Scope.NODE, (2,), (2,))
+    assert verdict.sentence == "rank 0 lost the connection to slot 2, and its agent has been silent since"
+    assert verdict.lasted_s <= 0.4
+    exits = [(0.5, rank, 1, VICTIM.format(77)) for rank in range(3)]
+    (verdict,) = crash(engine_of(3), *exits)
+    assert verdict.scope is Scope.JOB, "all ranks of the silent slot are accounted for"
+    (verdict,) = crash(engine_of(3), (0.5, 0, 1, VICTIM.format(77)))
+    assert verdict.scope is Scope.JOB, "two are silent"
 
 
 def test_an_end_in_order_is_no_crash() -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import pytest
 
 from stormjib_health.engine import DEFAULT, Place
-from stormjib_health.engine.book import Book
+from stormjib_health.engine.book import Book, Standing
 from stormjib_health.engine.checks import Checks
 from stormjib_health.engine.edges import Edges, End, Heat
 from stormjib_health.engine.hang import Hang
@@ -20,7 +20,8 @@ from stormjib_health.engine.links import Links
 from stormjib_health.engine.own import Growth
 from stormjib_health.engine.pace import Pace
 from stormjib_health.engine.slow import Slow
-from stormjib_health.wire import Answer, Edge, Group, RankSample, Scope, Syndrome
+from stormjib_health.engine.usual import PAIRS, Usual
+from stormjib_health.wire import Answer, Call, Edge, Group, Kind, RankSample, Scope, Syndrome
 
 if TYPE_CHECKING:
     from stormjib_health.wire import Verdict
@@ -65,10 +66,51 @@ def test_the_more_is_known_of_a_job_the_less_patience_it_gets(steps: int, patien
     assert hang.patience() == pytest.approx(patience, abs=0.2)
 
 
+@pytest.mark.parametrize(
+    ("kind", "sent", "received", "found"),
+    [
+        (Kind.RECV, 4, 5, Syndrome.DESYNC),  # rank 0 has left a send out
+        (Kind.SEND, 5, 4, Syndrome.DESYNC),  # rank 1 has left a receive out
+        (
+            Kind.RECV,
+            5,
+            5,
+            Syndrome.NON_COMMUNICATION_HANG,
+        ),  # it was sent: rank 1 has come back from it, and sleeps
+        (Kind.SEND, 5, 5, Syndrome.NON_COMMUNICATION_HANG),
+    ],
+)
+def test_a_message_and_a_collective_that_wait_for_each_other_are_the_programs_fault(
+    kind: Kind, sent: int, received: int, found: Syndrome
+) -> None:
+    pace = paced(*(0.1,) * 40)
+    book, now = pace._book, 45.0
+    hang = Hang(book, Edges(book.slot_of, DEFAULT), pace, Checks(DEFAULT))
+    book.groups[7] = Group(7, "pipeline", (0, 1))
+    in_pair = int(
+        kind is Kind.RECV
+    )  # the rank that stands in the message; the other has gone on to the collective
+    for rank in book.ranks.values():
+        counts = (sent, 0) if rank.rank == 0 else (0, received)
+        what = kind if rank.rank == in_pair else Kind.ALL_REDUCE
+        call = Call(
+            7, 9 + (rank.rank != in_pair), int(what), sent=counts[0], received=counts[1], peer=1 - rank.rank
+        )
+        rank.calls[7] = Standing(call, 41.0)
+        rank.idle_since = 41.0
+        slot = book.slots[rank.slot]
+        slot.quiet, slot.heard, slot.interval = False, now, 0.2
+    book.advanced_at = 41.0
+    hang.look(now)
+    verdict = hang.look(now + 0.1)
+    assert verdict is not None
+    assert (verdict.syndrome, verdict.software) == (found, found is Syndrome.DESYNC)
+
+
 class Suspicion:
     """Four slots, one rank each; what rank 0 sends to rank 1 is hot, and bursts answer as the test says."""
 
-    def __init__(self, severity: float = 1.5) -> None:
+    def __init__(self, severity: float = 1.5, usual: float = 0.0) -> None:
         self.checks = Checks(DEFAULT)
         book = Book([Place(rank, rank) for rank in range(4)], DEFAULT, 0.0)
         for slot in book.slots.values():
@@ -77,11 +119,12 @@ class Suspicion:
         end.now = [0.1, 1e6, 0.0, 1.0]
         heat = Heat(0, 1, 3.0, 0.9, end)
         edges: Any = SimpleNamespace(heats=lambda: ([heat], 8))
-        steps = SimpleNamespace(centre=0.1)
+        steps = SimpleNamespace(centre=0.1, ready=False)
         self.pace: Any = SimpleNamespace(
             severity=severity, recent=0.1 * severity, excess=0.1 * (severity - 1), since=0.0, steps_since=3, steps=steps
         )  # fmt: skip
-        self.links = Links(book, cast("Edges", edges), cast("Pace", self.pace), self.checks)
+        known: Any = SimpleNamespace(per_byte=lambda: usual)
+        self.links = Links(book, cast("Edges", edges), cast("Pace", self.pace), self.checks, known)
 
     def look(self) -> Verdict | None:
         return self.links.look(1.0)
@@ -110,6 +153,38 @@ def test_two_rounds_of_bursts_that_agree_name_a_link_surely() -> None:
     assert twice is not None
     assert (twice.scope, twice.culprits, twice.confirmed) == (Scope.LINK, (0, 1), True)
     assert twice.confidence > DEFAULT.act_confidence
+
+
+def test_a_slow_link_in_a_network_that_is_slow_for_everybody_is_congestion() -> None:
+    burst = 0.002 / (1 << 20)
+    for usual, named in ((burst, Syndrome.COMMUNICATION_SLOW), (burst / 4, Syndrome.CONGESTION)):
+        suspicion = Suspicion(usual=usual)
+        suspicion.look()
+        verdict = suspicion.answer((0, 1))
+        assert verdict is not None
+        assert verdict.syndrome is named
+
+
+def test_what_bursts_usually_take_is_asked_for_once_in_good_health() -> None:
+    book = Book([Place(rank, rank) for rank in range(24)], DEFAULT, 0.0)
+    for slot in book.slots.values():
+        slot.quiet = slot is book.slots[3]
+    checks, pace = Checks(DEFAULT), SimpleNamespace(steps=SimpleNamespace(ready=False), uneasy=False)
+    usual = Usual(book, cast("Pace", pace), checks)
+    usual.look(1.0)
+    pace.steps.ready, pace.uneasy = True, True
+    usual.look(2.0)
+    assert (checks.new(), usual.per_byte()) == ((), 0.0)
+    pace.uneasy = False
+    usual.look(3.0)
+    asked = checks.new()
+    assert len(asked) == 2 * PAIRS
+    assert 3 not in {slot for ask in asked for slot in (ask.slot, ask.peer_slot)}
+    for ask in asked:
+        checks.answered(ask.slot, Answer(ask.id, ask.slot != 0, 0.001 * (1 + ask.slot), bytes=1000))
+    usual.look(4.0)
+    assert checks.new() == ()
+    assert 1e-6 < usual.per_byte() < 25e-6
 
 
 def test_a_round_that_does_not_say_the_same_again_names_nobody_surely() -> None:
@@ -163,7 +238,7 @@ def told(
     for rank, (now, usually) in (throttled or {}).items():
         book.ranks[rank].throttled, book.ranks[rank].throttled_usually = now, usually
     pace: Any = SimpleNamespace(
-        slow=True, above=True, severity=1.5, recent=0.15, excess=0.05, since=0.0, steps_since=8, steps=SimpleNamespace(centre=0.1)
+        slow=True, above=True, severity=1.5, recent=0.15, excess=0.05, since=0.0, steps_since=8, steps=SimpleNamespace(centre=0.1, ready=False)
     )  # fmt: skip
     edges: Any = SimpleNamespace(heats=lambda: ([], 2))
     late: Any = SimpleNamespace(blame=lambda since, least: blame or Blame())
