@@ -86,8 +86,9 @@ class Crash:
             return None
         roots = [exit for exit in self._exits if not exit.victim]
         limits = self._book.limits
-        due = roots[0].at + limits.settle_s if roots else self._exits[0].at + limits.victims_s
-        if now < due:
+        clear = bool(roots) or self._gone(now) is not None
+        first = roots[0] if roots else self._exits[0]
+        if now < first.at + (limits.settle_s if clear else limits.victims_s):
             return None
         self._decided = True
         return self._of_root(roots, now) if roots else self._of_victims(now)
@@ -120,14 +121,14 @@ class Crash:
     def _of_victims(self, now: float) -> Verdict:
         first = self._exits[0]
         accused = self._accused()
-        rank, votes = accused.most_common(1)[0] if accused else (-1, 0)
+        rank = _most(accused)
         lasted = now - first.at
-        gone = [slot for slot in self._gone(now) if rank < 0 or slot == self._book.slot_of[rank]]
-        if len(gone) == 1:
-            who = f"{votes} ranks" if votes else words.rank_list([exit.rank for exit in self._exits])
-            sentence = f"{who} lost the connection to slot {gone[0]}, and its agent has been silent since"
+        gone = self._gone(now)
+        if gone is not None:
+            who = words.rank_list([exit.rank for exit in self._exits])
+            sentence = f"{who} lost the connection to slot {gone}, and its agent has been silent since"
             scope, sure = Scope.NODE, 0.7
-            culprits: tuple[int, ...] = (gone[0],)
+            culprits: tuple[int, ...] = (gone,)
         elif rank >= 0 and rank != first.rank:
             sentence = f"the connection of rank {first.rank} and rank {rank} broke; neither had ended before"
             scope, culprits, sure = Scope.LINK, (first.rank, rank), 0.5
@@ -139,16 +140,19 @@ class Crash:
             evidence=self._rows(rank), lasted_s=lasted,
         )  # fmt: skip
 
-    def _gone(self, now: float) -> list[int]:
-        """Slots with ranks that have not ended, as far as anybody knows, and whose agents ought to have been heard since the others'
-        ended: processes that die with their agent are reported by nobody."""
+    def _gone(self, now: float) -> int | None:
+        """The slot with ranks that have not ended, as far as anybody knows, and whose agent ought to have been heard since the others'
+        ended: processes that die with their agent are reported by nobody. None: there is none, or not that one alone."""
         at, patience = self._exits[0].at, self._book.limits.gone_intervals
-        return [
+        rank = _most(self._accused())
+        silent = [
             number
             for number, slot in self._book.slots.items()
             if any(rank.exit is None for rank in slot.ranks.values())
             and (slot.quiet or (slot.heard < at and now - slot.heard > patience * slot.interval))
+            and (rank < 0 or number == self._book.slot_of[rank])
         ]
+        return silent[0] if len(silent) == 1 else None
 
     def _accused(self) -> Counter[int]:
         """How often each rank is named by those who lost it. Some ranks share an address: all of them are."""
@@ -171,6 +175,11 @@ class Crash:
             for e in self._exits
         ]
         return rows
+
+
+def _most(votes: Counter[int]) -> int:
+    """Who got most; -1 for nobody."""
+    return votes.most_common(1)[0][0] if votes else -1
 
 
 def _program(exit: Exit) -> bool:
