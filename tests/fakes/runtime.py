@@ -81,6 +81,7 @@ class FakeAgent:
     events: tuple[str, ...] = ()
     alive: bool = True
     median: float = 0.1
+    processes: int = 2
     did: list[Do] = field(default_factory=list)
     ran: list[str] = field(default_factory=list)
     """Ids of the generations whose ranks it has started, in order."""
@@ -98,7 +99,7 @@ class FakeAgent:
             agent=self.number,
             pod_uid=self.pod_uid,
             address=f"10.0.0.{self.slot}",
-            processes=2,
+            processes=self.processes,
             phase=self.phase,
             order_version=self.version,
             generation=self.generation,
@@ -153,7 +154,7 @@ class FakeAgent:
         self.store = store if mine == 0 else ""
         self.ran.append(str(order.generation.id))
         self.ranks = tuple(
-            RankState(first + i, listens=self.listens, phase=RankPhase.START) for i in range(2)
+            RankState(first + i, listens=self.listens, phase=RankPhase.START) for i in range(self.processes)
         )
 
     def stop(self, order: Order) -> None:

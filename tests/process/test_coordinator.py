@@ -233,3 +233,22 @@ async def test_it_costs_next_to_nothing(tmp_path: Path) -> None:
         assert share < 0.02
         assert coordinator.rss_mb() < 60
         assert len((await coordinator.state()).history) == 1
+
+
+async def test_where_a_decision_takes_long_the_next_one_waits_for_the_tick(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stormjib_runtime.coordinator.LONG_S", 0.0)
+    monkeypatch.setattr("stormjib_runtime.coordinator.SELDOM", 1e9)
+    coordinator = Coordinator(Settings(JOB, 1, TOKEN, OPERATOR, tmp_path, "127.0.0.1", 0))
+    try:
+        await coordinator.start()
+        coordinator.put_bounds(bounds(2, 2))
+        for slot in (0, 1):
+            coordinator._hear(FakeAgent(slot).report())
+        assert coordinator.job.generation is None
+        async with asyncio.timeout(2):
+            while coordinator.job.generation is None:
+                await asyncio.sleep(0.01)
+    finally:
+        await coordinator.close()

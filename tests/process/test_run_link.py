@@ -14,7 +14,18 @@ from stormjib_runtime import codec
 from stormjib_runtime.http import Response
 from stormjib_runtime.http_server import serve
 from stormjib_runtime.link import REPORT_S, Link
-from stormjib_runtime.wire import PROTOCOL, AgentPhase, Do, Order, Report
+from stormjib_runtime.wire import (
+    PROTOCOL,
+    UNKNOWN_GENERATION,
+    AgentPhase,
+    Cause,
+    Do,
+    Generation,
+    GenerationId,
+    Member,
+    Order,
+    Report,
+)
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -32,11 +43,15 @@ class Peer:
         self.status = 200
         self.order = ORDER
         self.reports = self.polls = 0
-        self.hangs = False
+        self.hangs = self.forgets = False
+        self.heard: list[Generation | None] = []
         self.changed = asyncio.Event()
 
     async def report(self, request: Request) -> Response:
         self.reports += 1
+        self.heard.append(codec.decode(Report, request.body).generation)
+        if self.forgets and self.heard[-1] is not None and not self.heard[-1].members:
+            return Response(UNKNOWN_GENERATION, b"who is in it?")
         if self.hangs:
             await asyncio.sleep(60)
         return Response(self.status, codec.encode(self.order) if self.status == 200 else b"not now")
@@ -60,7 +75,8 @@ class Agent:
     def __init__(self, port: int) -> None:
         self.orders: list[tuple[Order, bool]] = []
         self.said: list[str] = []
-        self.link = Link(("127.0.0.1", port), "token", lambda: REPORT, self.take, self.said.append)
+        self.report = REPORT
+        self.link = Link(("127.0.0.1", port), "token", lambda: self.report, self.take, self.said.append)
 
     def take(self, order: Order, report: Report | None) -> None:
         self.orders.append((order, report is not None))
@@ -100,6 +116,34 @@ async def test_an_order_comes_by_the_poll_at_once(both: tuple[Peer, Agent]) -> N
     async with asyncio.timeout(0.5):
         while peer.reports == reports:
             await asyncio.sleep(0.002)
+
+
+async def test_who_trains_together_is_said_once_and_again_to_another_coordinator(
+    both: tuple[Peer, Agent],
+) -> None:
+    peer, agent = both
+    await agent.until(1)
+    members = tuple(Member(slot, 1, f"pod-{slot}", "10.0.0.1", 2) for slot in range(3))
+    held = Generation(GenerationId(1, 1), None, members, Cause.START)
+    agent.report = replace(REPORT, generation=held)
+    peer.heard.clear()
+    brief = replace(held, members=())
+    peer.order = replace(ORDER, version=2, do=Do.RUN, generation=brief)
+    for _ in range(2):
+        seen = len(peer.heard)
+        agent.link.changed()
+        async with asyncio.timeout(5):
+            while len(peer.heard) == seen:
+                await asyncio.sleep(0.002)
+    assert peer.heard == [held, brief]
+    await agent.until(2)
+    assert agent.orders[-1][0].generation == held, "an order that is as brief is completed"
+    peer.forgets = True
+    agent.link.changed()
+    async with asyncio.timeout(0.9):
+        while len(peer.heard) < 4:
+            await asyncio.sleep(0.002)
+    assert (peer.heard[2:], agent.said) == ([brief, held], [])
 
 
 @pytest.mark.parametrize("status", [401, 403, 409, 503])

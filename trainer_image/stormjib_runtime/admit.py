@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from stormjib_runtime.state import Agent, Refused, Running, StandDown, State
-from stormjib_runtime.wire import PROTOCOL, Bounds, GenerationId, Report, ResumePoint
+from stormjib_runtime.wire import PROTOCOL, UNKNOWN_GENERATION, Bounds, GenerationId, Report, ResumePoint
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -37,6 +37,20 @@ def admit(state: State, report: Report) -> None:
         )
 
 
+def completed(state: State, report: Report) -> Report:
+    """The report with the members of its generation, which an agent leaves out once it was answered. Raises Refused where they are
+    not known here: a coordinator that is new to the job has to be told."""
+    if report.generation is None:
+        return report
+    known = state.agents.get(report.slot)
+    whole = report.generation.whole(state.generation, known.report.generation if known else None)
+    if whole is None:
+        raise Refused(
+            UNKNOWN_GENERATION, f"generation {report.generation.id} is not known here; say who is in it"
+        )
+    return replace(report, generation=whole)
+
+
 def admit_bounds(state: State, bounds: Bounds) -> None:
     """Raise Refused for bounds that may not be taken: malformed, older, or of another incarnation."""
     if not 1 <= bounds.min_replicas <= bounds.replicas or bounds.processes < 1:
@@ -58,7 +72,7 @@ def merge(state: State, report: Report, now: float) -> State:
     known = state.agents.get(report.slot)
     if known is not None and _is_older(report, known.report):
         return state
-    agent = Agent(report, now)
+    agent = Agent(report, now, heartbeat_s=state.heartbeat_s)
     if known is not None and known.report.agent == report.agent:
         agent = replace(agent, since=now if known.silent(now) else known.since)
     agents = {**state.agents, report.slot: agent}
@@ -105,10 +119,10 @@ def _is_older(report: Report, known: Report) -> bool:
 def _progress(state: State, report: Report) -> State:
     """Step, loss and newest checkpoint, from members that speak of the running generation."""
     stage = state.stage
-    member = state.generation is not None and any(
-        m.slot == report.slot and m.agent == report.agent for m in state.generation.members
-    )
-    if not isinstance(stage, Running) or not member or report.generation != state.generation:
+    if not isinstance(stage, Running) or state.generation is None or report.generation != state.generation:
+        return state
+    member = state.generation.member(report.slot)
+    if member is None or member.agent != report.agent:
         return state
     base = stage.resume.step if stage.resume is not None else -1
     step = max((rank.step for rank in report.ranks), default=-1)

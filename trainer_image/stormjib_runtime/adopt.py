@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from stormjib_runtime.state import Adopting, Agent, Idle, Preparing, Running, State, member_agents
+from stormjib_runtime.state import Adopting, Agent, Idle, Preparing, Running, State
 from stormjib_runtime.wire import AgentPhase, Bounds, Cause, Generation, HistoryEntry, Report
 
 if TYPE_CHECKING:
@@ -71,8 +71,7 @@ def _knows_enough(state: State, bounds: Bounds, found: Generation | None) -> boo
     if found is None or len(absent) >= bounds.min_replicas:
         return False
     return all(
-        agent is not None and agent.runs(found)
-        for _, agent in member_agents(replace(state, generation=found))
+        agent is not None and agent.runs(found) for _, agent in replace(state, generation=found).seated
     )
 
 
@@ -81,7 +80,7 @@ def _take(state: State, found: Generation, now: float) -> State:
     new = replace(state, generation=found, progressed=False)
     if found.id.incarnation == state.incarnation:
         new = replace(new, number=max(state.number, found.id.number))
-    speaking = [agent for _, agent in member_agents(new) if agent is not None and agent.runs(found)]
+    speaking = [agent for _, agent in new.seated if agent is not None and agent.runs(found)]
     told = [agent.report for agent in speaking if agent.report.phase in _BEGUN]
     resume = next((report.resume for report in told if report.resume is not None), None)
     base = resume.step if resume is not None else -1
@@ -95,7 +94,7 @@ def _take(state: State, found: Generation, now: float) -> State:
 def _stage(state: State, speaking: list[Agent], told: list[Report], now: float) -> Stage:
     if not told:
         return Preparing(now)
-    absent = [agent for _, agent in member_agents(state) if agent is not None and agent not in speaking]
+    absent = [agent for _, agent in state.seated if agent is not None and agent not in speaking]
     if absent:
         # Told to end while the others were not, or never told to begin: its ranks cannot join those of the others.
         return Idle(now, fresh=False)

@@ -50,7 +50,7 @@ class _Wrong(Exception):
 
 
 def encode(record: object) -> bytes:
-    """One record as compact JSON."""
+    """One record as compact JSON, without the values that are the very defaults."""
     return _COMPACT(_plain(record)).encode()
 
 
@@ -102,7 +102,12 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Enum):
         return value.value
     if is_dataclass(kind):
-        return {name: _plain(getattr(value, name)) for name in _names(kind)}
+        given = ((name, getattr(value, name)) for name in _names(kind))
+        return {
+            name: _plain(item)
+            for (name, item), default in zip(given, _defaults(kind), strict=True)
+            if item is not default
+        }
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     if isinstance(value, dict):

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from stormjib_health.wire import Sample
 from stormjib_runtime import engine, kept
-from stormjib_runtime.admit import admit
+from stormjib_runtime.admit import admit, completed
 from stormjib_runtime.codec import DecodeError, decode, encode, pack, unpack
 from stormjib_runtime.http import Response
 from stormjib_runtime.http_server import Connection, Handler, Request, Server, serve, text
@@ -36,12 +36,15 @@ if TYPE_CHECKING:
 
     from stormjib_health.wire import Wish
     from stormjib_runtime.state import State
+    from stormjib_runtime.wire import Order
 
 PORT = 7070
 TICK_S = 0.2
 UNEASY_S, URGENT_S = 0.1, 0.05
 """Between two looks at the clock: in general, while the health engine suspects something, and while a decision is only
 waiting for its time."""
+LONG_S, SELDOM = 0.005, 10.0
+"""A decision that takes longer than the one is taken so many times its length apart."""
 ORDER_POLL_S = 10.0
 STATE_POLL_S = HEARTBEAT_S
 SAMPLE_BYTES = 64 * 1024
@@ -101,6 +104,7 @@ class Coordinator:
         self._over: asyncio.Future[str] | None = None
         self._server: Server | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._deciding_again = 0.0
 
     # --- life -------------------------------------------------------------------------------------------------------
 
@@ -155,7 +159,9 @@ class Coordinator:
     def _apply(self, new: State) -> None:
         """Make `new` the state: what must last is on the disk before anybody can be told of it."""
         old = self._state
-        if new is old:
+        if new.revision == old.revision:
+            self._state = new  # a heartbeat: nothing that anybody would be told of
+            self._arm()
             return
         self._store(new)
         self._state = new
@@ -246,10 +252,11 @@ class Coordinator:
     async def _report(self, request: Request) -> Response:
         report = decode(Report, request.body)
         admit(self._state, report)
+        report = completed(self._state, report)
         self._watch.exits(self._state, report, time.monotonic())
-        self._apply(engine.on_report(self._state, report, time.monotonic()))
+        self._hear(report)
         self._attach(request.connection, report.slot, report.agent)
-        return Response(HTTPStatus.OK, encode(order_for(self._state, report.slot)))
+        return self._answer(report.slot)
 
     async def _order(self, request: Request) -> Response:
         slot, agent, after = (request.number(name) for name in ("slot", "agent", "after"))
@@ -260,7 +267,24 @@ class Coordinator:
         self._apply(
             engine.on_poll(self._state, slot, agent, time.monotonic())
         )  # refused if replaced meanwhile
-        return Response(HTTPStatus.OK, encode(order_for(self._state, slot)))
+        return self._answer(slot)
+
+    def _hear(self, report: Report) -> None:
+        """Take a report, and decide at once what follows; of a job so large that this takes a while, at the next tick."""
+        began = time.monotonic()
+        if began < self._deciding_again:
+            self._apply(engine.heard(self._state, report, began))
+            return
+        self._apply(engine.on_report(self._state, report, began))
+        seconds = time.monotonic() - began
+        if seconds > LONG_S:
+            self._deciding_again = began + SELDOM * seconds
+
+    def _answer(self, slot: int) -> Response:
+        order, held = order_for(self._state, slot), self._state.agents[slot].report.generation
+        if order.generation is not None:
+            order = replace(order, generation=order.generation.brief(held))
+        return Response(HTTPStatus.OK, _encoded(order))
 
     async def _sample(self, request: Request) -> Response:
         sample = unpack(Sample, request.body, limit=SAMPLE_BYTES)
@@ -304,6 +328,12 @@ class Coordinator:
         if isinstance(error, StandDown):
             self._stop(str(error))
         return text(HTTPStatus(error.status), str(error))
+
+
+@lru_cache(maxsize=64)
+def _encoded(order: Order) -> bytes:
+    """Most agents get the same order at the same time."""
+    return encode(order)
 
 
 @lru_cache(maxsize=64)

@@ -23,7 +23,6 @@ from stormjib_runtime.state import (
     Running,
     State,
     Suspended,
-    member_agents,
 )
 from stormjib_runtime.wire import (
     Bounds,
@@ -49,12 +48,19 @@ REFUSED_KEPT = 64
 
 def on_report(state: State, report: Report, now: float) -> State:
     """An agent said all it knows. Raises Refused where it is not of this job, not of its slot, or out of date."""
+    new = heard(state, report, now)
+    return new if new.revision == state.revision else _changed(state, decide(new, now))
+
+
+def heard(state: State, report: Report, now: float) -> State:
+    """As `on_report`, without a decision: `revision` has grown where one may be due. What follows is for the next tick, if many
+    speak at the same time."""
     admit(state, report)
     before = state.agents.get(report.slot)
     merged = merge(state, report, now)
     if merged is state or not is_news(state, before, report, now):
         return merged
-    return _changed(state, decide(adopt.newer(merged, report, now), now))
+    return _changed(state, adopt.newer(merged, report, now))
 
 
 def on_poll(state: State, slot: int, agent: int, now: float) -> State:
@@ -259,7 +265,7 @@ def _running(state: State, bounds: Bounds, now: float) -> State:
 
 def _all_done(state: State, stage: Running) -> bool:
     """Every rank exited 0 by itself. Under a planned stop only a script that listens can mean that it is done."""
-    for _, agent in member_agents(state):
+    for _, agent in state.seated:
         if (
             agent is None
             or state.generation is None

@@ -12,11 +12,11 @@ from stormjib_health.engine.crash import Exit
 from stormjib_health.wire import Syndrome
 from stormjib_runtime import hang
 from stormjib_runtime.members import feasible
-from stormjib_runtime.state import SILENT_S, Agent, Running, State, member_agents
 from stormjib_runtime.wire import (
     EXIT_RESUME_FAILED,
     EXIT_ROLL_BACK,
     EXIT_STOPPED,
+    HEARTBEATS_MISSED,
     AgentPhase,
     Bounds,
     Cause,
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from stormjib_health.wire import Verdict
+    from stormjib_runtime.state import Agent, Running, State
 
 CONFIRM_S = 0.25
 """An agent whose connection was only reset asks again within milliseconds; a dead one does not."""
@@ -71,7 +72,7 @@ def preparing(state: State, since: float, now: float) -> Fault | None:
 
 def _speaking(state: State) -> Iterator[tuple[Member, Agent]]:
     """Members whose report is about this generation."""
-    for member, agent in member_agents(state):
+    for member, agent in state.seated:
         if agent is not None and state.generation is not None and agent.runs(state.generation):
             yield member, agent
 
@@ -132,7 +133,7 @@ def _culprit(state: State, exits: list[tuple[Member, Agent, RankState, int]], no
 
     None while those alone are known that lost one: who went first is heard of in a moment.
     """
-    for member, agent in member_agents(state):
+    for member, agent in state.seated:
         if agent is not None and agent.lost_at is not None and not agent.report.leaving:
             return _container(member)
         if agent is not None and agent.silent(now):
@@ -163,7 +164,7 @@ def _replaced(state: State) -> Fault | None:
 
 def _container_lost(state: State, now: float) -> Fault | None:
     """A broken connection, not made again. While the others finish steps, somebody trains there and it is only silent."""
-    for member, agent in member_agents(state):
+    for member, agent in state.seated:
         if agent is None or agent.lost_at is None or agent.report.leaving or now - agent.lost_at < CONFIRM_S:
             continue
         others = [one for one in hang.ranks(state, now) if one[0] != member.slot]
@@ -174,16 +175,20 @@ def _container_lost(state: State, now: float) -> Fault | None:
 
 def _silent(state: State, bounds: Bounds, now: float) -> Fault | None:
     """A silent agent is a fault only if the others stand still, and only if something can be gained by acting."""
-    for member, agent in member_agents(state):
+    for member, agent in state.seated:
         silence = silence_of(state, member, agent, bounds, now)
         if (
-            silence > SILENT_S
+            silence > _patience(state, agent)
             and (_never_began(state, agent) or _others_stopped(state, member, silence, now))
             and feasible(state, bounds, now)
             and may_replace(state, now)
         ):
             return _agent_silent(member, silence)
     return None
+
+
+def _patience(state: State, agent: Agent | None) -> float:
+    return HEARTBEATS_MISSED * (agent.heartbeat_s if agent is not None else state.heartbeat_s)
 
 
 def _never_began(state: State, agent: Agent | None) -> bool:
@@ -210,9 +215,9 @@ def _others_stopped(state: State, member: Member, silence: float, now: float) ->
 
 
 def _silent_before_start(state: State, now: float) -> Fault | None:
-    for member, agent in member_agents(state):
+    for member, agent in state.seated:
         silence = now - (agent.heard if agent is not None else state.started)
-        if silence > SILENT_S and may_replace(state, now):
+        if silence > _patience(state, agent) and may_replace(state, now):
             return _agent_silent(member, silence)
     return None
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from stormjib_runtime.state import Agent, State, member_agents
-from stormjib_runtime.wire import HEARTBEAT_S, Bounds, Cause, Fault, RankPhase, RankState
+from stormjib_runtime.wire import Bounds, Cause, Fault, RankPhase, RankState
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+    from stormjib_runtime.state import Agent, State
 
 FLOOR_S = 2.0
 MEDIANS = 3.0
@@ -27,14 +28,14 @@ Seen = tuple[int, RankState, float]
 def ranks(state: State, now: float) -> list[Seen]:
     """Every living rank of the generation, as far as agents that are heard report it."""
     seen: list[Seen] = []
-    for member, agent in member_agents(state):
+    for member, agent in state.seated:
         if agent is not None and not agent.silent(now):
             seen += [(member.slot, rank, carry) for rank, carry in _living(state, agent, now)]
     return seen
 
 
 def _living(state: State, agent: Agent, now: float) -> Iterable[tuple[RankState, float]]:
-    carry = min(now - agent.heard, HEARTBEAT_S)
+    carry = min(now - agent.heard, agent.heartbeat_s)
     if state.generation is None or not agent.runs(state.generation):
         return ()
     return [(rank, carry) for rank in agent.report.ranks if rank.exit is None]
@@ -55,7 +56,7 @@ def stopped(seen: Iterable[Seen]) -> bool | None:
 
 def advanced_since(state: State, moment: float, but: int) -> bool:
     """Whether a step was finished after `moment` by a rank of a slot other than `but`."""
-    for member, agent in member_agents(state):
+    for member, agent in state.seated:
         if (
             agent is None
             or member.slot == but
@@ -78,7 +79,7 @@ def find(state: State, bounds: Bounds, now: float) -> Fault | None:
 
 def _whole(state: State, seen: list[Seen], now: float) -> bool:
     """Whether every member is heard and runs: else the missing one explains why the others stand still."""
-    agents = [agent for _, agent in member_agents(state)]
+    agents = [agent for _, agent in state.seated]
     heard = all(
         agent is not None
         and not agent.silent(now)

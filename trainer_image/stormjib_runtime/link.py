@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from stormjib_runtime import codec
 from stormjib_runtime.http import Client, RequestFailed
-from stormjib_runtime.wire import HEARTBEAT_S, Order, Report
+from stormjib_runtime.wire import HEARTBEAT_S, UNKNOWN_GENERATION, Order, Report
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from stormjib_runtime.http import Response
+    from stormjib_runtime.wire import Generation
 
 REPORT_S = 3.0
 """Time limit of a report: a coordinator that is gone behind its Service is left within this."""
 POLL_S = 12.0
 """Time limit of a long poll: the coordinator answers after 10 s at the latest."""
 RETRY_S = 0.25
+MAX_HEARTBEAT_S = 60.0
 
 
 class Link:
@@ -40,6 +43,8 @@ class Link:
         self._changed = asyncio.Event()
         self._known = asyncio.Event()
         self._order: Order | None = None
+        self._told: Generation | None = None
+        """The generation of the newest report that was answered: the coordinator knows its members."""
         self._polling: asyncio.Task[Order | None] | None = None
         self._problem = ""
 
@@ -65,13 +70,14 @@ class Link:
             self._changed.clear()
             report = self._report()
             order = await self._post(report)
+            self._told = None if order is None else report.generation
             if order is None:
                 await self._wait(RETRY_S if self._problem else HEARTBEAT_S)
                 continue
             if self._order is not None and order.incarnation != self._order.incarnation:
                 self._drop_poll()  # another coordinator answers now; the poll may hang at the one before
             self._give(order, report)
-            await self._wait(HEARTBEAT_S)
+            await self._wait(min(max(HEARTBEAT_S, order.heartbeat_s), MAX_HEARTBEAT_S))
 
     async def _wait(self, limit_s: float) -> None:
         try:
@@ -81,10 +87,12 @@ class Link:
             pass
 
     async def _post(self, report: Report) -> Order | None:
+        body = codec.encode(_brief(report, self._told))
         try:
-            response = await self._reports.request(
-                "POST", "/v1/report", body=codec.encode(report), timeout_s=REPORT_S
-            )
+            response = await self._reports.request("POST", "/v1/report", body=body, timeout_s=REPORT_S)
+            if response.status == UNKNOWN_GENERATION:  # another coordinator has answered
+                body = codec.encode(report)
+                response = await self._reports.request("POST", "/v1/report", body=body, timeout_s=REPORT_S)
         except RequestFailed as error:
             self._note(str(error))
             self._known.clear()
@@ -125,7 +133,14 @@ class Link:
             self._note(f"the coordinator's order is unreadable: {error}")
             return None
         self._note("")
-        return order
+        return self._whole(order)
+
+    def _whole(self, order: Order) -> Order | None:
+        """The order with the members of its generation; None where that was ended here meanwhile, which the next report says."""
+        if order.generation is None:
+            return order
+        whole = order.generation.whole(self._report().generation)
+        return None if whole is None else replace(order, generation=whole)
 
     def _give(self, order: Order, report: Report | None) -> None:
         self._order = order
@@ -141,3 +156,9 @@ class Link:
         if problem != self._problem:
             self._say(problem or "the coordinator answers")
         self._problem = problem
+
+
+def _brief(report: Report, told: Generation | None) -> Report:
+    if report.generation is None:
+        return report
+    return replace(report, generation=report.generation.brief(told))

@@ -116,13 +116,14 @@ def _order(
         incarnation=state.incarnation,
         version=state.order_version,
         do=do,
-        generation=state.generation,
+        generation=None if do in (Do.WAIT, Do.FINISH) else state.generation,
         store=store,
         resume=resume,
         refused=refused,
         stop_after=stop_after,
         end_leaving=end_leaving,
         restarts_left=restarts_left,
+        heartbeat_s=state.heartbeat_s,
     )
 
 
@@ -139,13 +140,16 @@ def _carry_on(state: State, agent: Agent) -> Order:
         store=report.store,
         resume=report.resume,
         stop_after=1 if report.phase is AgentPhase.STOPPED else 0,
+        heartbeat_s=state.heartbeat_s,
     )
 
 
 def _is_member(state: State, agent: Agent) -> bool:
     """Of a generation that is alive."""
-    alive = isinstance(state.stage, Preparing | Running | Complete)
-    return alive and any(m.slot == agent.report.slot and m.agent == agent.report.agent for m in state.members)
+    if state.generation is None or not isinstance(state.stage, Preparing | Running | Complete):
+        return False
+    member = state.generation.member(agent.report.slot)
+    return member is not None and member.agent == agent.report.agent
 
 
 def _is_over(state: State) -> bool:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from stormjib_runtime import hang
 from stormjib_runtime.members import candidates
-from stormjib_runtime.state import Running, State, Stop, member_agents
+from stormjib_runtime.state import Running, State, Stop
 from stormjib_runtime.wire import EXIT_STOPPED, AgentPhase, Bounds, Cause
 
 if TYPE_CHECKING:
@@ -49,14 +49,12 @@ def _cause(state: State, bounds: Bounds) -> Cause | None:
 
 def leaving(state: State) -> bool:
     """Whether a member has announced that it leaves."""
-    return any(agent is not None and agent.report.leaving for _, agent in member_agents(state))
+    return any(agent is not None and agent.report.leaving for _, agent in state.seated)
 
 
 def horizon(state: State, stage: Running, now: float) -> tuple[int, int, float]:
     """(newest step, steps until a stop that every rank will see in time, median step time)."""
-    ranks = [
-        (rank, now - agent.heard) for _, agent in member_agents(state) if agent for rank in agent.report.ranks
-    ]
+    ranks = [(rank, now - agent.heard) for _, agent in state.seated if agent for rank in agent.report.ranks]
     begun = stage.resume.step if stage.resume is not None else 0
     step = max([begun, *(rank.step for rank, _ in ranks)])
     median = max((rank.median_step_s for rank, _ in ranks), default=0.0)
@@ -81,7 +79,7 @@ def _stopping_already(state: State) -> bool:
             agent.report.phase is AgentPhase.STOPPED
             or any(rank.exit == EXIT_STOPPED for rank in agent.report.ranks)
         )
-        for _, agent in member_agents(state)
+        for _, agent in state.seated
     )
 
 
@@ -106,7 +104,7 @@ def is_over(state: State, stop: Stop, now: float) -> bool:
 
 
 def _all_stopped(state: State) -> bool:
-    return all(agent is not None and _has_stopped(state, agent) for _, agent in member_agents(state))
+    return all(agent is not None and _has_stopped(state, agent) for _, agent in state.seated)
 
 
 def _has_stopped(state: State, agent: Agent) -> bool:
@@ -123,12 +121,12 @@ def _left_early(state: State) -> bool:
         and agent.report.leaving
         and agent.lost_at is not None
         and agent.report.phase is not AgentPhase.STOPPED
-        for _, agent in member_agents(state)
+        for _, agent in state.seated
     )
 
 
 def _listens(state: State) -> bool:
-    return any(rank.listens for _, agent in member_agents(state) if agent for rank in agent.report.ranks)
+    return any(rank.listens for _, agent in state.seated if agent for rank in agent.report.ranks)
 
 
 def _just_committed(state: State, step: int, margin: int) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from stormjib_runtime.wire import (
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
 
     from stormjib_health.wire import Accusation, Verdict
 
-SILENT_S = HEARTBEAT_S * HEARTBEATS_MISSED
+PER_AGENT_S = 0.002
+"""With many agents heartbeats come so much rarer: 1,250 of them send 500 a second together."""
 
 
 class Refused(Exception):
@@ -55,9 +57,11 @@ class Agent:
     """When its last connection broke; None again as soon as it says anything."""
     since: float = -math.inf
     """Its first word after its last silence; before any time where it was never silent."""
+    heartbeat_s: float = HEARTBEAT_S
+    """How soon it was asked to report again."""
 
     def silent(self, now: float) -> bool:
-        return now - self.heard > SILENT_S
+        return now - self.heard > HEARTBEATS_MISSED * self.heartbeat_s
 
     def runs(self, generation: Generation) -> bool:
         """Whether its report speaks of this generation."""
@@ -182,6 +186,11 @@ class State:
     operator_heard: float = -math.inf
     """When the operator last asked or ordered anything; see `witness`."""
 
+    @property
+    def heartbeat_s(self) -> float:
+        """Between two reports of one agent."""
+        return max(HEARTBEAT_S, PER_AGENT_S * len(self.agents))
+
     def agent(self, member: Member) -> Agent | None:
         """The agent that the generation means: the same container, not its successor."""
         agent = self.agents.get(member.slot)
@@ -196,6 +205,11 @@ class State:
     def members(self) -> tuple[Member, ...]:
         return self.generation.members if self.generation else ()
 
+    @cached_property
+    def seated(self) -> list[tuple[Member, Agent | None]]:
+        """Each member of the generation with its agent, where that is registered here."""
+        return [(member, self.agent(member)) for member in self.members]
+
     @property
     def current(self) -> GenerationId:
         return self.generation.id if self.generation else GenerationId(0, 0)
@@ -207,11 +221,6 @@ class State:
         return max((one for one in found if one), key=lambda one: one.generation, default=None)
 
 
-def member_agents(state: State) -> list[tuple[Member, Agent | None]]:
-    """Each member of the generation with its agent, where that is registered here."""
-    return [(member, state.agent(member)) for member in state.members]
-
-
 def is_ready(agent: Agent) -> bool:
     """Ready to fork ranks: its zygote has imported what they need, and its node was not found unfit."""
     return agent.report.phase is not AgentPhase.STARTING and not agent.report.preflight
@@ -221,4 +230,4 @@ def is_urgent(state: State, now: float) -> bool:
     """Whether a decision only waits for its moment: a backoff that ends, a lost connection that may be made again."""
     if isinstance(state.stage, Idle):
         return now < state.stage.not_before
-    return any(agent.lost_at is not None for _, agent in member_agents(state) if agent is not None)
+    return any(agent.lost_at is not None for _, agent in state.seated if agent is not None)

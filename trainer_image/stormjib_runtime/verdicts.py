@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING
 from stormjib_health import policy
 from stormjib_health.wire import SURE, Accusation, Action, Scope, Syndrome
 from stormjib_runtime.members import feasible
-from stormjib_runtime.wire import HEARTBEAT_S, Bounds, Cause, Fault
+from stormjib_runtime.wire import Bounds, Cause, Fault
 
 if TYPE_CHECKING:
     from stormjib_health.wire import Verdict
     from stormjib_runtime.state import State
 
 VERDICTS_KEPT = 16
-LATE_S = 1.5 * HEARTBEAT_S
-"""An agent that was not heard for so long has missed a heartbeat."""
+LATE = 1.5
+"""Heartbeats: an agent that was not heard for so long has missed one."""
 UNWANTED_KEPT = 64
 ACCUSATIONS_KEPT = 16
 
@@ -102,7 +102,7 @@ def _pods(state: State, verdict: Verdict) -> tuple[str, ...]:
 
 def _unheard(state: State, verdict: Verdict, now: float) -> bool:
     agents = (state.agents.get(slot) for slot in verdict.slots)
-    return any(agent is None or now - agent.heard > LATE_S for agent in agents)
+    return any(agent is None or now - agent.heard > LATE * agent.heartbeat_s for agent in agents)
 
 
 def _struck(state: State, pods: tuple[str, ...]) -> dict[str, int]:

@@ -184,11 +184,8 @@ def _feed(engine: Engine, report: Report, now: float) -> bool:
 
 def _places(generation: Generation) -> dict[int, int]:
     """Rank -> slot."""
-    return {
-        generation.first_rank(node_rank) + local: member.slot
-        for node_rank, member in enumerate(generation.members)
-        for local in range(member.processes)
-    }
+    slots = [member.slot for member in generation.members for _ in range(member.processes)]
+    return dict(enumerate(slots))
 
 
 def _reason(state: State, sample: Sample) -> tuple[str, int, str]:
@@ -199,7 +196,7 @@ def _reason(state: State, sample: Sample) -> tuple[str, int, str]:
         return "job", 403, f"job {sample.job_uid[:64]!r} is not served here"
     if not isinstance(state.stage, Running) or sample.generation != str(state.current):
         return "generation", 409, f"generation {sample.generation[:40]!r} does not run here"
-    member = next((one for one in state.members if one.slot == sample.slot), None)
+    member = state.generation.member(sample.slot) if state.generation is not None else None
     if member is None or member.agent != sample.agent:
         return "slot", 403, f"agent {sample.agent} of slot {sample.slot} is no member of {state.current}"
     return "", 200, ""

@@ -8,8 +8,9 @@ compare the clocks of two hosts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from functools import cached_property
 
 from stormjib_health.wire import Accusation, Rule, Verdict  # noqa: TC001  the codec reads them at run time
 
@@ -17,8 +18,11 @@ PROTOCOL = 1
 """Version of the messages. A peer with another one is refused by name, never guessed at."""
 
 HEARTBEAT_S = 1.0
-"""An agent reports at least this often; a coordinator that hears nothing for `HEARTBEATS_MISSED` of them calls it silent."""
+"""An agent reports at least this often, unless its order says more; a coordinator that hears nothing for `HEARTBEATS_MISSED` of them
+calls it silent."""
 HEARTBEATS_MISSED = 3
+UNKNOWN_GENERATION = 428
+"""HTTP status (RFC 6585) for a report that names a generation without its members, where they are not known: say it again, whole."""
 
 # --- exit codes of a rank, beside those of the user's own script ---------------------------------------------------
 EXIT_STOPPED = 83
@@ -111,7 +115,11 @@ class Member:
 
 @dataclass(frozen=True)
 class Generation:
-    """Who trains together. `members` is in node-rank order; ranks follow from it (`first_rank`)."""
+    """Who trains together. `members` is in node-rank order; ranks follow from it (`first_rank`).
+
+    On the wire `members` is empty where the other side has said that it holds this generation (`brief`): with a thousand nodes
+    all of them in every heartbeat would be a hundred megabytes a second.
+    """
 
     id: GenerationId
     parent: GenerationId | None
@@ -124,7 +132,26 @@ class Generation:
 
     def node_rank(self, slot: int) -> int | None:
         """The node rank of a slot, or None where the slot is no member."""
-        return next((i for i, m in enumerate(self.members) if m.slot == slot), None)
+        return self._node_ranks.get(slot)
+
+    def member(self, slot: int) -> Member | None:
+        """The member in this slot."""
+        node_rank = self._node_ranks.get(slot)
+        return None if node_rank is None else self.members[node_rank]
+
+    @cached_property
+    def _node_ranks(self) -> dict[int, int]:
+        return {member.slot: i for i, member in enumerate(self.members)}
+
+    def brief(self, known: Generation | None) -> Generation:
+        """What is sent to somebody who holds `known`: of the same generation its id is enough."""
+        return replace(self, members=()) if known is not None and known.id == self.id else self
+
+    def whole(self, *known: Generation | None) -> Generation | None:
+        """What was sent, with its members again; None where that generation is not among the known ones."""
+        if self.members:
+            return self
+        return next((one for one in known if one is not None and one.id == self.id), None)
 
     def first_rank(self, node_rank: int) -> int:
         return sum(m.processes for m in self.members[:node_rank])
@@ -168,6 +195,8 @@ class Order:
     """RUN: what torchrun may spend by itself (`launcher.kind: Torchrun`)."""
     peers: tuple[str, ...] = ()
     """To an agent that is STARTING: measuring servers of others, for its preflight; at most two."""
+    heartbeat_s: float = HEARTBEAT_S
+    """Report at least this often."""
 
 
 # --- agent -> coordinator -------------------------------------------------------------------------------------------

@@ -10,14 +10,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from stormjib_runtime.wire import HEARTBEAT_S
-
 if TYPE_CHECKING:
     from stormjib_runtime.state import Agent, State
 
-LATER_S = 1.5 * HEARTBEAT_S
-"""When a cut takes everybody at once, members and operator were last heard at most one heartbeat apart."""
-STEADY_S = 0.9 * HEARTBEAT_S
+LATER = 1.5
+"""Heartbeats. When a cut takes everybody at once, members and operator were last heard at most one apart."""
+STEADY = 0.9
 """A cut that heals delivers what was on its way, once. Only two words a heartbeat apart are a member's of today."""
 
 
@@ -28,8 +26,8 @@ def may_replace(state: State, now: float) -> bool:
     if not members or any(_is_heard(agent, now) for agent in known):
         return True
     last = max((agent.heard for agent in known), default=state.started)
-    return state.operator_heard >= last + LATER_S
+    return state.operator_heard >= last + LATER * state.heartbeat_s
 
 
 def _is_heard(agent: Agent, now: float) -> bool:
-    return not agent.silent(now) and agent.heard - agent.since >= STEADY_S
+    return not agent.silent(now) and agent.heard - agent.since >= STEADY * agent.heartbeat_s

@@ -8,10 +8,13 @@ import pytest
 
 from fakes.runtime import World, bounds, running_world
 from stormjib_runtime import engine
+from stormjib_runtime.admit import completed
 from stormjib_runtime.members import LOWER_WAIT_S, START_WAIT_S, choose
-from stormjib_runtime.orders import job_state
+from stormjib_runtime.orders import job_state, order_for
 from stormjib_runtime.state import Refused, StandDown
 from stormjib_runtime.wire import (
+    HEARTBEAT_S,
+    UNKNOWN_GENERATION,
     AgentPhase,
     Cause,
     Do,
@@ -191,6 +194,58 @@ def test_a_late_report_of_an_older_generation_changes_nothing_whatever_order_it_
     world.step_all(11)
     assert engine.on_report(world.state, late, world.now) is world.state
     assert world.causes == ["Start", "RankExit"]
+
+
+def test_who_is_in_a_generation_need_not_be_said_to_somebody_who_knows() -> None:
+    world = running_world()
+    report = world.agents[1].report()
+    assert report.generation is not None
+    brief = replace(report, generation=report.generation.brief(world.state.generation))
+    assert brief.generation is not None
+    assert (brief.generation.id, brief.generation.members) == (report.generation.id, ())
+    assert completed(world.state, brief) == report
+    assert report.generation.brief(None) == report.generation
+    unknown = replace(brief.generation, id=GenerationId(1, 9))
+    with pytest.raises(Refused, match=r"generation 1\.9 is not known here") as error:
+        completed(world.state, replace(brief, generation=unknown))
+    assert error.value.status == UNKNOWN_GENERATION
+
+
+def test_an_agent_that_is_behind_may_be_brief_about_the_generation_that_it_told_of() -> None:
+    world = running_world()
+    behind = world.agents[1].report()
+    world.agents[0].rank(0, exit=-9)
+    world.deliver(0)
+    world.now += 5
+    world.tick()
+    world.deliver(0)
+    assert world.state.generation != behind.generation
+    assert behind.generation is not None
+    brief = replace(behind, generation=behind.generation.brief(behind.generation))
+    assert completed(world.state, brief) == behind
+
+
+def test_a_report_that_is_only_heard_decides_nothing_until_the_next_tick() -> None:
+    world = running_world()
+    world.agents[1].rank(0, exit=-9)
+    state = engine.heard(world.state, world.agents[1].report(), world.now)
+    assert (state.generation, state.stage) == (world.state.generation, world.state.stage)
+    assert state.revision > world.state.revision, "somebody has to decide"
+    assert engine.on_tick(state, world.now).current > state.current
+
+
+def test_many_agents_are_asked_for_fewer_heartbeats_and_called_silent_later() -> None:
+    world = World(bounds(1250, 1250))
+    for slot in world.agents:
+        world.state = engine.heard(world.state, world.agents[slot].report(), world.now)
+    order = order_for(world.state, 1249)
+    assert order.heartbeat_s == pytest.approx(2.5)
+    last = world.state.agents[1249]
+    assert not last.silent(world.now + 7.4)
+    assert last.silent(world.now + 7.6)
+    few = running_world()
+    assert order_for(few.state, 0).heartbeat_s == HEARTBEAT_S
+    assert few.state.agents[0].silent(few.now + 3.1)
 
 
 def test_a_higher_incarnation_heard_from_an_agent_stands_this_coordinator_down() -> None:
