@@ -48,17 +48,28 @@ class Checks:
 
     def transfers(self, pairs: Sequence[Pair], now: float) -> Round:
         """Ask for bursts from the first slot of each pair to the second."""
-        return self._round([(CheckKind.TRANSFER, a, b, -1) for a, b in pairs], now)
+        limits = self._limits
+        wanted = [(CheckKind.TRANSFER, a, b, -1) for a, b in pairs]
+        return self._round(wanted, now, limits.check_limit_s, limits.check_slack_s)
+
+    def reaches(self, pairs: Sequence[Pair], now: float) -> Round:
+        """The same where something stands: whoever is there answers soon, and whoever is not is not waited for."""
+        limits = self._limits
+        wanted = [(CheckKind.TRANSFER, a, b, -1) for a, b in pairs]
+        return self._round(wanted, now, limits.reach_limit_s, limits.reach_slack_s)
 
     def computes(self, places: Sequence[tuple[int, int]], now: float) -> Round:
         """Ask for the fixed product on each (rank, slot)."""
-        return self._round([(CheckKind.COMPUTE, slot, -1, rank) for rank, slot in places], now)
+        limits = self._limits
+        wanted = [(CheckKind.COMPUTE, slot, -1, rank) for rank, slot in places]
+        return self._round(wanted, now, limits.check_limit_s, limits.check_slack_s)
 
-    def _round(self, wanted: list[tuple[CheckKind, int, int, int]], now: float) -> Round:
-        limit = self._limits.check_limit_s
+    def _round(
+        self, wanted: list[tuple[CheckKind, int, int, int]], now: float, limit: float, slack: float
+    ) -> Round:
         asks = [Ask(self._next + i, *what, limit_s=limit) for i, what in enumerate(wanted)]
         self._next += len(asks)
-        round = Round(asks, now + limit + self._limits.check_slack_s)
+        round = Round(asks, now + limit + slack)
         self._new += asks
         self._open.update((ask.id, (ask, round)) for ask in asks)
         return round

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from stormjib_health.engine import sweep, words
 from stormjib_health.engine.edges import cover
-from stormjib_health.engine.sweep import Outcome, Part
+from stormjib_health.engine.sweep import Part
 from stormjib_health.wire import Evidence, Scope, Syndrome, Verdict
 
 if TYPE_CHECKING:
@@ -28,15 +28,24 @@ class Cut:
     def __init__(self, book: Book, checks: Checks) -> None:
         self._book = book
         self._checks = checks
-        self._link: tuple[int, int] | None = None
         self._round: Round | None = None
         self._sweep: Round | None = None
 
-    def of_bad(self, bad: Sequence[Bad], now: float, lasted_s: float) -> Verdict:
-        """The node that touches the bad connections, or the one link."""
-        slot_of = self._book.slot_of
-        pairs = [(slot_of[b.source], slot_of[b.target], 1.0) for b in bad]
-        apart = {(min(a, b), max(a, b)) for a, b, _ in pairs if a != b}
+    def prepare(self, bad: Sequence[Bad], now: float) -> None:
+        """Connections begin to stand: ask for bursts round the worst of them, so that their answers are there when it is called a hang.
+        Between two slots alone they would tell nothing."""
+        healthy = [slot for slot in sorted(self._book.slots) if self._heard(slot, now)]
+        if bad and self._round is None and len(healthy) > 2:
+            worst = max(bad, key=lambda b: b.weight)
+            self._round = self._checks.reaches(sweep.pairs([self._ends(worst)], healthy), now)
+
+    def _ends(self, bad: Bad) -> tuple[int, int]:
+        return self._book.slot_of[bad.source], self._book.slot_of[bad.target]
+
+    def of_bad(self, bad: Sequence[Bad], now: float, lasted_s: float) -> Verdict | None:
+        """The node that touches the bad connections, or the one link. None while bursts may yet tell these apart."""
+        pairs = [self._ends(b) for b in bad]
+        apart = {(min(a, b), max(a, b)) for a, b in pairs if a != b}
         best, part, peers = cover([(a, b, 1.0) for a, b in apart])
         rows = [_row(b) for b in bad]
         if peers >= 2 and part >= self._book.limits.node_part:
@@ -56,18 +65,20 @@ class Cut:
             )
         return self._one(max(bad, key=lambda b: b.weight), rows, now, lasted_s)
 
-    def _one(self, bad: Bad, rows: list[Evidence], now: float, lasted_s: float) -> Verdict:
-        a, b = self._book.slot_of[bad.source], self._book.slot_of[bad.target]
+    def _one(self, bad: Bad, rows: list[Evidence], now: float, lasted_s: float) -> Verdict | None:
+        a, b = self._ends(bad)
         quiet = [slot for slot in (a, b) if not self._heard(slot, now)]
         if len(quiet) == 1:
             sentence = f"nothing reaches slot {quiet[0]}, and its agent is silent"
             return self._node(quiet[0], 0.8, sentence, rows, False, lasted_s)
-        outcome = self._bursts(a, b, now)
-        if outcome and outcome.part is Part.NODE:
+        if self._round is not None and not self._round.over(now):
+            return None
+        outcome = sweep.judge(self._round.transfers(), self._book.limits) if self._round else None
+        if outcome and outcome.part is Part.NODE and outcome.slots[0] in (a, b):
             sentence = f"slot {outcome.slots[0]} fails at {outcome.side} bursts, with whomever"
             return self._node(outcome.slots[0], outcome.sure, sentence, rows, True, lasted_s)
         sure, confirmed = 0.7, False
-        if outcome and outcome.part is Part.LINK:
+        if outcome and outcome.part is Part.LINK and set(outcome.slots) == {a, b}:
             sure, confirmed = outcome.sure, outcome.sure > 0.6
         elif outcome and outcome.part is Part.NOTHING:
             sure = 0.5
@@ -76,16 +87,6 @@ class Cut:
             self._book, HANG, Scope.LINK, (bad.source, bad.target), confidence=sure, confirmed=confirmed,
             sentence=sentence, evidence=rows, lasted_s=lasted_s,
         )  # fmt: skip
-
-    def _bursts(self, a: int, b: int, now: float) -> Outcome | None:
-        """What bursts round the link say; None until they have run."""
-        if self._round is None:
-            healthy = [slot for slot in sorted(self._book.slots) if self._heard(slot, now)]
-            self._link = (a, b)
-            self._round = self._checks.transfers(sweep.pairs([(a, b)], healthy), now)
-        if not self._round.over(now) or {a, b} != set(self._link or ()):
-            return None
-        return sweep.judge(self._round.transfers(), self._book.limits)
 
     def of_nothing(self, found: Standstill, now: float, lasted_s: float) -> Verdict | None:
         """No connection shows anything: try the links of the group, then say that nobody is known. None: not yet."""

@@ -80,6 +80,7 @@ class Hang:
             self.since, self.wanted = None, ()
             return None
         self._suspect(now, found, found.sinks)
+        self._cut.prepare(self._bad(found, now), now)
         return self._name(found, now, limit) if found.longest >= limit else None
 
     def _suspect(self, now: float, found: Standstill, ranks: Sequence[int]) -> None:

@@ -121,6 +121,10 @@ class Thresholds:
     check_limit_s: float = 1.0
     check_slack_s: float = 1.0
     """Way of a question and its answer: two samples each, and a loss."""
+    reach_limit_s: float = 0.35
+    """Of a burst where something stands. A path that works takes a few milliseconds, and the promise is 2 s for all."""
+    reach_slack_s: float = 0.5
+    """A sample each way."""
     burst_ratio: float = 1.5
     """Least time of a bad burst over the best one's. They compete with each other and with the training's own traffic; what
     slows a step by a third slows its connection by more."""
