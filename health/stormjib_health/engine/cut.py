@@ -73,7 +73,9 @@ class Cut:
             return self._node(quiet[0], 0.8, sentence, rows, False, lasted_s)
         if self._round is not None and not self._round.over(now):
             return None
-        outcome = sweep.judge(self._round.transfers(), self._book.limits) if self._round else None
+        answers = self._round.transfers() if self._round is not None else {}
+        rows = [*rows, *sweep.rows(answers)]
+        outcome = sweep.judge_reach(answers, self._book.limits) if answers else None
         if outcome and outcome.part is Part.NODE and outcome.slots[0] in (a, b):
             sentence = f"slot {outcome.slots[0]} fails at {outcome.side} bursts, with whomever"
             return self._node(outcome.slots[0], outcome.sure, sentence, rows, True, lasted_s)

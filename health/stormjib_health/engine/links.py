@@ -181,8 +181,4 @@ class Links:
             Evidence("time per byte", who, f"{hottest.factor:.1f} x", "1 before"),
             Evidence("round trip", who, words.milliseconds(hottest.end.newest.rtt_s)),
         ]
-        slowest = sorted(round.transfers().items(), key=lambda item: (item[1].ok, -item[1].seconds))
-        for (a, b), answer in slowest:
-            took = words.milliseconds(answer.seconds) if answer.ok else f"failed: {answer.text[:60]}"
-            rows.append(Evidence("burst", f"slot {a} -> slot {b}", took))
-        return rows
+        return [*rows, *sweep.rows(round.transfers())]

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
+from stormjib_health.engine import words
 from stormjib_health.engine.baseline import median
 from stormjib_health.engine.edges import cover
+from stormjib_health.wire import Evidence
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -75,6 +77,17 @@ def judge(
         return Outcome(Part.UNKNOWN)
     if usual > 0 and _everywhere(answers, bad, limits.crowd_ratio * usual):
         return Outcome(Part.FABRIC, sure=0.8)
+    return _pointed(answers, bad, limits)
+
+
+def judge_reach(answers: Mapping[Pair, Answer], limits: Thresholds) -> Outcome:
+    """The same where something stands: only bursts that did not arrive count, however slow the others are."""
+    if len(answers) < ENOUGH:
+        return Outcome(Part.UNKNOWN)
+    return _pointed(answers, [pair for pair, answer in answers.items() if not answer.ok], limits)
+
+
+def _pointed(answers: Mapping[Pair, Answer], bad: Sequence[Pair], limits: Thresholds) -> Outcome:
     if not bad:
         return Outcome(Part.NOTHING, sure=0.8)
     slot, part, peers = cover([(a, b, 1.0) for a, b in bad])
@@ -83,6 +96,19 @@ def judge(
     if peers == 1 and len({frozenset(pair) for pair in bad}) == 1:
         return Outcome(Part.LINK, bad[0], sure=0.95 if _elsewhere(answers, bad) else 0.6)
     return Outcome(Part.FABRIC if 2 * len(bad) > len(answers) else Part.UNKNOWN, sure=0.6)
+
+
+def rows(answers: Mapping[Pair, Answer]) -> list[Evidence]:
+    """The bursts as evidence, the worst first."""
+    worst = sorted(answers.items(), key=lambda item: (item[1].ok, -item[1].seconds))
+    return [
+        Evidence(
+            "burst",
+            f"slot {a} -> slot {b}",
+            words.milliseconds(answer.seconds) if answer.ok else f"failed: {answer.text[:60]}",
+        )
+        for (a, b), answer in worst
+    ]
 
 
 def agree(one: Outcome, other: Outcome) -> bool:

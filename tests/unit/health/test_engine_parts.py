@@ -9,11 +9,13 @@ import pytest
 from stormjib_health.engine import DEFAULT, Engine, Place, explain
 from stormjib_health.engine.baseline import Baseline, Cusum, chance, mad, median
 from stormjib_health.engine.book import Book
-from stormjib_health.engine.edges import cover, host
+from stormjib_health.engine.checks import Checks
+from stormjib_health.engine.cut import Cut
+from stormjib_health.engine.edges import Bad, End, cover, host
 from stormjib_health.engine.ledger import Ledger
 from stormjib_health.engine.own import Own
 from stormjib_health.engine.product import confirm_compute
-from stormjib_health.engine.sweep import Part, judge, pairs
+from stormjib_health.engine.sweep import Part, judge, judge_reach, pairs
 from stormjib_health.wire import (
     Answer,
     Edge,
@@ -235,6 +237,61 @@ def test_cover_and_host() -> None:
     assert cover([])[2] == 0
     assert host("10.0.0.1:80") == "10.0.0.1"
     assert host("[fd00::1]:80") == "fd00::1"
+
+
+@pytest.mark.parametrize(
+    ("dead", "part", "slots"),
+    [
+        (((0, 1), (1, 0)), Part.LINK, (0, 1)),
+        (((0, 1), (1, 0), (1, 3), (3, 1)), Part.NODE, (1,)),
+        ((), Part.NOTHING, ()),
+    ],
+)
+def test_where_something_stands_only_bursts_that_fail_count(
+    dead: tuple[tuple[int, int], ...], part: Part, slots: tuple[int, ...]
+) -> None:
+    answers = bursts((0, 2), (3, 2))
+    answers |= {pair: Answer(0, False, text="timed out") for pair in dead}
+    outcome = judge_reach(answers, DEFAULT)
+    assert (outcome.part, outcome.slots) == (part, slots)
+
+
+@pytest.mark.parametrize(
+    ("dead", "scope", "culprits"), [((0, 1), Scope.LINK, (0, 1)), ((1, 3), Scope.NODE, (1,))]
+)
+def test_a_connection_that_stands_is_called_a_link_or_a_node_only_once_bursts_have_told(
+    dead: tuple[int, int], scope: Scope, culprits: tuple[int, ...]
+) -> None:
+    book, checks = Book([Place(rank, rank) for rank in range(4)], DEFAULT, 0.0), Checks(DEFAULT)
+    for slot in book.slots.values():
+        slot.quiet, slot.heard = False, 1.0
+    cut = Cut(book, checks)
+    bad = Bad(0, 1, End(Edge(0, "10.0.0.1:1", "10.0.0.2:2", unacked=1)), 1)
+    cut.prepare([bad], 0.7)
+    cut.prepare([bad], 0.8)
+    asked = checks.new()
+    assert len(asked) == len(pairs([(0, 1)], range(4))), "asked once"
+    assert cut.of_bad([bad], 1.2, 1.2) is None
+    gone = {(0, 1), (1, 0)} | {dead, dead[::-1]}
+    for ask in asked:
+        ok = (ask.slot, ask.peer_slot) not in gone
+        checks.answered(ask.slot, Answer(ask.id, ok, FAST, bytes=1000, rtt_s=0.0002))
+    verdict = cut.of_bad([bad], 1.3, 1.3)
+    assert verdict is not None
+    assert (verdict.scope, verdict.culprits, verdict.confirmed) == (scope, culprits, True)
+
+
+def test_bursts_that_nobody_answers_are_not_waited_for_long() -> None:
+    book, checks = Book([Place(rank, rank) for rank in range(4)], DEFAULT, 0.0), Checks(DEFAULT)
+    for slot in book.slots.values():
+        slot.quiet, slot.heard = False, 1.0
+    cut = Cut(book, checks)
+    bad = Bad(0, 1, End(Edge(0, "10.0.0.1:1", "10.0.0.2:2", unacked=1)), 1)
+    cut.prepare([bad], 0.7)
+    assert cut.of_bad([bad], 1.5, 1.5) is None
+    verdict = cut.of_bad([bad], 1.6, 1.6)
+    assert verdict is not None
+    assert (verdict.scope, verdict.confirmed) == (Scope.LINK, False)
 
 
 # --- crash ---
