@@ -77,6 +77,20 @@ class Group:
 # --- agent -> coordinator -------------------------------------------------------------------------------------------
 
 
+PAIRS = 8
+"""Of one rank in one group. A pipeline has two; of more the newest are told."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Point-to-point calls of one rank with one other, issued so far in one group."""
+
+    peer: int
+    """Global rank."""
+    sent: int
+    received: int
+
+
 @dataclass(frozen=True)
 class Call:
     """Where one rank stands in one group."""
@@ -96,12 +110,10 @@ class Call:
     signature: int = 0
     """CRC-32 of kind, dtype and elements of call number `signed`; 0 where none was read yet."""
     signed: int = 0
-    sent: int = 0
-    """Point-to-point sends issued so far."""
-    received: int = 0
-    """Point-to-point receives issued so far."""
     peer: int = -1
     """Global rank of the newest point-to-point call's other side; -1 for none."""
+    pairs: tuple[Pair, ...] = ()
+    """The ranks that it last sent to or received from, at most `PAIRS`."""
 
 
 @dataclass(frozen=True)

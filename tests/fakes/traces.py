@@ -11,7 +11,7 @@ import random
 from collections import deque
 from dataclasses import dataclass, field, replace
 
-from stormjib_health.wire import Call, Edge, Group, Kind, Phase, RankSample, Sample, Stack, Timing
+from stormjib_health.wire import Call, Edge, Group, Kind, Pair, Phase, RankSample, Sample, Stack, Timing
 
 BANDWIDTH = 1.25e8
 """Bytes a second of a connection: 1 Gb/s."""
@@ -139,9 +139,15 @@ class Person:
         self.step = -1
         self.halted_at = NEVER
         """When it stopped running on its own account."""
-        self.sent: dict[int, int] = {}
-        self.received: dict[int, int] = {}
+        self.pairs: dict[int, dict[int, Pair]] = {}
+        """Group -> peer -> counts."""
         self.told: dict[int, tuple[int, int, int]] = {}
+
+    def meets(self, group: int, peer: int, sent: int = 0, received: int = 0) -> None:
+        """One more message to or from this peer."""
+        pairs = self.pairs.setdefault(group, {})
+        old = pairs.get(peer, Pair(peer, 0, 0))
+        pairs[peer] = Pair(peer, old.sent + sent, old.received + received)
 
     def works(self, until: float, *, known: bool) -> None:
         """It comes to a call, whose end is `known` or not."""
@@ -393,7 +399,7 @@ class Trace:
         number = ring.number[person.rank] = ring.number[person.rank] + 1
         call = Call(
             ring.group.key, number, int(op.kind), signature=signature, signed=number if signature else 0,
-            sent=person.sent.get(ring.group.key, 0), received=person.received.get(ring.group.key, 0),
+            pairs=tuple(person.pairs.get(ring.group.key, {}).values()),
         )  # fmt: skip
         person.issues.append(Issue(at, end, call, op.timed))
         person.works(at, known=op.timed)
@@ -404,7 +410,7 @@ class Trace:
         source, target = self.people[ranks[op.source]], self.people[ranks[op.target]]
         sent_at = self._work(source, op.compute, -1, 1) if source.time < NEVER else NEVER
         if sent_at < NEVER:
-            source.sent[key] = source.sent.get(key, 0) + 1
+            source.meets(key, target.rank, sent=1)
             self._message(source, ring, Kind.SEND, target.rank, sent_at, sent_at)
         source.time = sent_at
         if target.time == NEVER:
@@ -416,14 +422,13 @@ class Trace:
             arrives = NEVER
         elif arrives < NEVER:
             line.done.append((arrives, op.bytes, op.seconds * busy))
-        target.received[key] = target.received.get(key, 0) + 1
+        target.meets(key, source.rank, received=1)
         self._message(target, ring, Kind.RECV, source.rank, target.time, max(arrives, target.time))
 
     def _message(self, person: Person, ring: Ring, kind: Kind, peer: int, at: float, end: float) -> None:
         key = ring.group.key
         call = Call(
-            key, ring.number[person.rank], int(kind), sent=person.sent.get(key, 0),
-            received=person.received.get(key, 0), peer=peer,
+            key, ring.number[person.rank], int(kind), peer=peer, pairs=tuple(person.pairs[key].values()),
         )  # fmt: skip
         inside = self.fault.kind == "stop_inside" and person.rank == self.fault.rank and kind is Kind.RECV
         if inside and at <= self.fault.at < end:
@@ -584,7 +589,7 @@ class Trace:
         for key, issue in person.newest.items():
             over = issue is not person.last_issue or (issue.timed and issue.end <= now)
             call = replace(issue.call, age_s=now - issue.at, done=over)
-            mark = (call.issued, call.sent + call.received, over)
+            mark = (call.issued, sum(pair.sent + pair.received for pair in call.pairs), over)
             if person.told.get(key) != mark or not over:
                 told.append(call)
             person.told[key] = mark

@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from stormjib_health.engine.report import Malformed
+from stormjib_health.wire import PAIRS
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -85,8 +86,12 @@ def _check_rank(rank: RankSample) -> None:
 
 
 def _check_call(call: Call) -> None:
-    if not (0 <= call.issued < MANY and 0 <= call.sent < MANY and 0 <= call.received < MANY):
-        raise Malformed(f"issued, sent or received of group {call.group} is below 0 or beyond {MANY}")
+    if not 0 <= call.issued < MANY:
+        raise Malformed(f"issued of group {call.group} is below 0 or beyond {MANY}")
+    _at_most("pairs", call.pairs, PAIRS)
+    for pair in call.pairs:
+        if not (-1 <= pair.peer < MANY and 0 <= pair.sent < MANY and 0 <= pair.received < MANY):
+            raise Malformed(f"a pair of group {call.group} is below 0 or beyond {MANY}")
     if not (0 <= call.kind <= 64 and -1 <= call.peer < MANY):
         raise Malformed(f"kind {call.kind} or peer {call.peer} does not exist")
     _seconds("age_s", call.age_s)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from stormjib_health.engine.book import POINT_TO_POINT, position
-from stormjib_health.wire import Kind
+from stormjib_health.wire import PAIRS, Kind, Pair
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -125,13 +125,19 @@ def _look_at_pair(
 
 def _ahead(book: Book, rank: int, peer: int, call: Call) -> bool | None:
     """Whether this receive is of a message that was not sent, or this send of one that the other does not receive: then it waits.
-    None where that is not known: only the counts of a group of two speak of each other."""
+    None where that is not known."""
     theirs = book.ranks[peer].calls.get(call.group)
-    if theirs is None or len(book.members(call.group)) != 2:
+    mine = _pair(call, peer)
+    other = _pair(theirs.call, rank) if theirs is not None else None
+    if mine is None or other is None:
         return None
-    if call.kind == Kind.RECV:
-        return call.received > theirs.call.sent
-    return call.sent > theirs.call.received
+    return mine.received > other.sent if call.kind == Kind.RECV else mine.sent > other.received
+
+
+def _pair(call: Call, peer: int) -> Pair | None:
+    """What a rank counts of its calls with `peer`; None where others may have driven that out."""
+    found = next((pair for pair in call.pairs if pair.peer == peer), None)
+    return Pair(peer, 0, 0) if found is None and len(call.pairs) < PAIRS else found
 
 
 def odd_ones(ranks: Iterable[RankBook]) -> list[int]:

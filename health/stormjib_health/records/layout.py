@@ -59,7 +59,7 @@ class CallRecord(NamedTuple):
     """Index in the rank's groups file, below `MAX_GROUPS`."""
     kind: Kind
     number: int
-    """Which collective of its group, from 1. Sends and receives have numbers of their own."""
+    """Which collective of its group, from 1; which send to its peer, or receive from it."""
     step: int
     """Last finished step when it was issued; -1 before the first."""
     position: int

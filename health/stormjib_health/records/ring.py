@@ -44,12 +44,14 @@ def ring_path(folder: Path, local_rank: int) -> Path:
 class Lane:
     """One group's calls. Belongs to a `Recorder`."""
 
-    __slots__ = ("_base", "_index", "_received", "_recorder", "_sent", "number", "position", "step")
+    __slots__ = ("_base", "_index", "_pairs", "_recorder", "number", "position", "step")
 
     def __init__(self, recorder: Recorder, index: int) -> None:
         self._recorder = recorder
         self._index = index
-        self.number = self._sent = self._received = 0
+        self.number = 0
+        self._pairs: dict[tuple[int, int], int] = {}
+        """(kind, peer) -> sends to it, or receives from it."""
         self.step = recorder.step
         """The step clock at its newest call."""
         self.position = 0
@@ -92,18 +94,15 @@ class Lane:
         index = next(recorder.indices)
         recorder.write(
             index, layout.CALL, kind, group=self._index, step=self.step, position=self.position, peer=peer,
-            number=self._next(kind), issued=_now(), started=started, done=done, size=size, signature=signature,
+            number=self._next(kind, peer), issued=_now(), started=started, done=done, size=size, signature=signature,
         )  # fmt: skip
         self.position += 1
         return index
 
-    def _next(self, kind: int) -> int:
-        if kind == Kind.SEND:
-            self._sent += 1
-            return self._sent
-        if kind == Kind.RECV:
-            self._received += 1
-            return self._received
+    def _next(self, kind: int, peer: int) -> int:
+        if kind >= Kind.SEND:
+            count = self._pairs[kind, peer] = self._pairs.get((kind, peer), 0) + 1
+            return count
         self.number += 1
         return self.number
 

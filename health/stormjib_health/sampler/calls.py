@@ -7,12 +7,12 @@ anybody reads.
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from stormjib_health.records.layout import CallRecord, PhaseRecord, StepRecord
 from stormjib_health.records.ring import State
-from stormjib_health.wire import Call, Finding, Kind, Timing
+from stormjib_health.wire import PAIRS, Call, Finding, Kind, Pair, Timing
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -34,9 +34,9 @@ MAX_STEPS = 8
 MAX_FINDINGS = 16
 _MAX_OPEN = 256
 
-_Name = tuple[int, int, int]
-_State = tuple[int, int, bool, int, int, int, int, int]
-"""Of a group: issued, kind of the newest, whether that is over, signature, signed, sent, received, peer."""
+_Name = tuple[int, int, int, int]
+_State = tuple[int, int, bool, int, int, int, tuple[Pair, ...]]
+"""Of a group: issued, kind of the newest, whether that is over, signature, signed, peer, pairs."""
 
 
 class Step(NamedTuple):
@@ -53,9 +53,9 @@ class _Lane:
     """One group of this rank."""
 
     issued: int = 0
-    sent: int = 0
-    received: int = 0
     peer: int = -1
+    pairs: dict[int, Pair] = field(default_factory=dict)
+    """By peer, the newest last."""
     signature: int = 0
     signed: int = 0
     newest: CallRecord | None = None
@@ -65,15 +65,18 @@ class _Lane:
     def pair(self, record: CallRecord) -> None:
         """A send or a receive."""
         self.peer = record.peer
-        if record.kind is Kind.SEND:
-            self.sent = record.number
-        else:
-            self.received = record.number
+        sent, received = record.kind is Kind.SEND, record.kind is Kind.RECV
+        old = self.pairs.pop(record.peer, None) or Pair(record.peer, 0, 0)
+        self.pairs[record.peer] = Pair(
+            record.peer, record.number if sent else old.sent, record.number if received else old.received
+        )
+        if len(self.pairs) > PAIRS:
+            del self.pairs[next(iter(self.pairs))]
 
     def state(self, done: bool) -> _State:
         kind = 0 if self.newest is None else int(self.newest.kind)
         return (
-            self.issued, kind, done, self.signature, self.signed, self.sent, self.received, self.peer,
+            self.issued, kind, done, self.signature, self.signed, self.peer, tuple(self.pairs.values()),
         )  # fmt: skip
 
 
@@ -276,21 +279,17 @@ class Thinned:
 
 
 def _name(record: CallRecord) -> _Name:
-    """Of one call of a rank: sends and receives have numbers of their own."""
-    return record.group, record.kind, record.number
+    """Of one call of a rank: sends and receives have numbers of their own with each peer."""
+    return record.group, record.kind, record.peer, record.number
 
 
 def _call(key: int, state: _State, age_ns: int) -> Call:
-    issued, kind, done, signature, signed, sent, received, peer = state
-    return Call(
-        key, issued, kind, max(0.0, age_ns / 1e9), True, done, signature, signed, sent, received, peer
-    )
+    issued, kind, done, signature, signed, peer, pairs = state
+    return Call(key, issued, kind, max(0.0, age_ns / 1e9), True, done, signature, signed, peer, pairs)
 
 
 def _state(call: Call) -> _State:
-    return (
-        call.issued, call.kind, call.done, call.signature, call.signed, call.sent, call.received, call.peer,
-    )  # fmt: skip
+    return call.issued, call.kind, call.done, call.signature, call.signed, call.peer, call.pairs
 
 
 def _old(call: Call) -> bool:

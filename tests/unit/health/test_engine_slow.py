@@ -21,7 +21,7 @@ from stormjib_health.engine.own import Growth
 from stormjib_health.engine.pace import Pace
 from stormjib_health.engine.slow import Slow
 from stormjib_health.engine.usual import PAIRS, Usual
-from stormjib_health.wire import Answer, Call, Edge, Group, Kind, RankSample, Scope, Syndrome
+from stormjib_health.wire import Answer, Call, Edge, Group, Kind, Pair, RankSample, Scope, Syndrome
 
 if TYPE_CHECKING:
     from stormjib_health.wire import Verdict
@@ -94,7 +94,11 @@ def test_a_message_and_a_collective_that_wait_for_each_other_are_the_programs_fa
         counts = (sent, 0) if rank.rank == 0 else (0, received)
         what = kind if rank.rank == in_pair else Kind.ALL_REDUCE
         call = Call(
-            7, 9 + (rank.rank != in_pair), int(what), sent=counts[0], received=counts[1], peer=1 - rank.rank
+            7,
+            9 + (rank.rank != in_pair),
+            int(what),
+            peer=1 - rank.rank,
+            pairs=(Pair(1 - rank.rank, *counts),),
         )
         rank.calls[7] = Standing(call, 41.0)
         rank.idle_since = 41.0

@@ -73,22 +73,26 @@ def test_a_light_record_says_nothing_of_what_its_slot_held_before(recorder: Reco
     assert lane.number == 2
 
 
-def test_numbers_grow_for_collectives_and_each_direction_apart(recorder: Recorder, reader: Reader) -> None:
+def test_numbers_grow_for_collectives_and_for_each_peer_and_direction_apart(
+    recorder: Recorder, reader: Reader
+) -> None:
     one, other = recorder.lane(0), recorder.lane(1)
-    for lane, kind in ((one, Kind.ALL_REDUCE), (one, Kind.SEND), (other, Kind.BARRIER), (one, Kind.RECV)):
+    for lane, kind in ((one, Kind.ALL_REDUCE), (other, Kind.BARRIER)):
         lane.call(kind)
-    one.call(Kind.SEND)
+    for kind, peer in ((Kind.SEND, 3), (Kind.RECV, 3), (Kind.SEND, 3), (Kind.SEND, 4)):
+        one.call(kind, peer)
     one.call(Kind.ALL_GATHER)
     seen = [
         (r.group, r.kind, r.number, r.position) for r in reader.read().records if isinstance(r, CallRecord)
     ]
     assert seen == [
         (0, Kind.ALL_REDUCE, 1, 0),
-        (0, Kind.SEND, 1, 1),
         (1, Kind.BARRIER, 1, 0),
+        (0, Kind.SEND, 1, 1),
         (0, Kind.RECV, 1, 2),
         (0, Kind.SEND, 2, 3),
-        (0, Kind.ALL_GATHER, 2, 4),
+        (0, Kind.SEND, 1, 4),
+        (0, Kind.ALL_GATHER, 2, 5),
     ]
 
 

@@ -17,7 +17,7 @@ from stormjib_health.sampler.calls import (
     Calls,
     Thinned,
 )
-from stormjib_health.wire import Call, Doubt, Finding, Group, Kind, Phase, RankSample, Timing
+from stormjib_health.wire import Call, Doubt, Finding, Group, Kind, Pair, Phase, RankSample, Timing
 
 ALL, PAIR = Group(77, "default_pg", (0, 1)), Group(78, "pp", (0, 1))
 
@@ -60,7 +60,12 @@ def test_sends_and_receives_are_counted_apart() -> None:
         batch(call(1, 100), call(5, 110, kind=Kind.SEND, peer=1), call(3, 120, kind=Kind.RECV, peer=0))
     )
     one = only(calls, 130)
-    assert (one.issued, one.sent, one.received, one.peer, one.kind) == (1, 5, 3, 0, Kind.RECV)
+    assert (one.issued, one.peer, one.kind) == (1, 0, Kind.RECV)
+    assert one.pairs == (Pair(1, 5, 0), Pair(0, 0, 3))
+    calls.take(batch(call(6, 140, kind=Kind.RECV, peer=1)))
+    assert only(calls, 150).pairs == (Pair(0, 0, 3), Pair(1, 5, 6)), "the newest last"
+    calls.take(batch(*(call(1, 160 + peer, kind=Kind.SEND, peer=peer) for peer in range(2, 10))))
+    assert [pair.peer for pair in only(calls, 180).pairs] == list(range(2, 10)), "the oldest are forgotten"
 
 
 @pytest.mark.parametrize(
