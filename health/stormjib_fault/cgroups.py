@@ -66,12 +66,13 @@ class Cgroup:
         return 0
 
     def remove(self) -> None:
-        """Move back whoever lives, and remove it. Waits for dying processes, which keep a group busy."""
-        for pid, home in self._homes.items():
-            with contextlib.suppress(ProcessLookupError, FileNotFoundError):
-                (home / "cgroup.procs").write_text(str(pid))
+        """Move back whoever lives in it, born there or not, and remove it. Waits for dying processes, which keep a group busy."""
+        home = next(iter(self._homes.values()), self._root)
         deadline = time.monotonic() + REMOVE_S
         while self.path.exists():
+            for pid in map(int, self.read("cgroup.procs").split()):
+                with contextlib.suppress(ProcessLookupError, FileNotFoundError):
+                    (self._homes.get(pid, home) / "cgroup.procs").write_text(str(pid))
             try:
                 self.path.rmdir()
             except OSError:

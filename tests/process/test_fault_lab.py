@@ -16,6 +16,7 @@ from bench.lab.network import Network, namespaces
 from fakes.light_lab import NODES, light_network, ring_in, until
 from stormjib_fault import proc, shell
 from stormjib_fault.catalogue import FAULTS, make
+from stormjib_fault.cgroups import Cgroup
 from stormjib_fault.words import Draw, NotFired, Refused
 
 if TYPE_CHECKING:
@@ -145,3 +146,21 @@ def test_clean_removes_what_a_killed_laboratory_left(tmp_path: Path) -> None:
     assert not proc.alive(int(pid))
     assert not (cleaning.root() / name).exists()
     assert not list(Path("/sys/fs/cgroup").glob(f"*/{name}-*"))
+
+
+def test_a_cgroup_is_removed_though_processes_were_born_in_it() -> None:
+    script = "read x; sleep 600 & echo $!; read x; kill $!"
+    with subprocess.Popen(
+        ["sh", "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as parent:
+        assert parent.stdin
+        assert parent.stdout
+        group = Cgroup("freezer", f"sjtest-{os.getpid()}")
+        group.take(parent.pid)
+        print(file=parent.stdin, flush=True)
+        born = parent.stdout.readline().strip()
+        assert born in group.read("cgroup.procs").split()
+        group.remove()
+        assert not group.path.exists()
+        assert proc.alive(int(born))
+        parent.communicate("\n", timeout=10)
