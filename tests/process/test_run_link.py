@@ -144,6 +144,16 @@ async def test_who_trains_together_is_said_once_and_again_to_another_coordinator
         while len(peer.heard) < 4:
             await asyncio.sleep(0.002)
     assert (peer.heard[2:], agent.said) == ([brief, held], [])
+    peer.forgets = False
+    following = replace(held, id=GenerationId(1, 2))
+    peer.give(replace(ORDER, version=3, do=Do.RUN, generation=following))
+    await agent.until(3)
+    agent.report = replace(REPORT, generation=following)
+    agent.link.changed()
+    async with asyncio.timeout(0.9):
+        while peer.heard[-1] == held:
+            await asyncio.sleep(0.002)
+    assert peer.heard[-1] == replace(following, members=()), "it has named them itself"
 
 
 @pytest.mark.parametrize("status", [401, 403, 409, 503])

@@ -43,8 +43,8 @@ class Link:
         self._changed = asyncio.Event()
         self._known = asyncio.Event()
         self._order: Order | None = None
-        self._told: Generation | None = None
-        """The generation of the newest report that was answered: the coordinator knows its members."""
+        self._told: tuple[Generation | None, ...] = ()
+        """Generations whose members this coordinator knows: of the newest report that it has answered, and of its newest order."""
         self._polling: asyncio.Task[Order | None] | None = None
         self._problem = ""
 
@@ -70,7 +70,7 @@ class Link:
             self._changed.clear()
             report = self._report()
             order = await self._post(report)
-            self._told = None if order is None else report.generation
+            self._told = () if order is None else (report.generation, order.generation)
             if order is None:
                 await self._wait(RETRY_S if self._problem else HEARTBEAT_S)
                 continue
@@ -87,7 +87,7 @@ class Link:
             pass
 
     async def _post(self, report: Report) -> Order | None:
-        body = codec.encode(_brief(report, self._told))
+        body = codec.encode(self._brief(report))
         try:
             response = await self._reports.request("POST", "/v1/report", body=body, timeout_s=REPORT_S)
             if response.status == UNKNOWN_GENERATION:  # another coordinator has answered
@@ -100,6 +100,11 @@ class Link:
             return None
         return self._read(response)
 
+    def _brief(self, report: Report) -> Report:
+        if report.generation is None:
+            return report
+        return replace(report, generation=report.generation.brief(*self._told))
+
     async def _keep_polling(self) -> None:
         while True:
             await self._known.wait()
@@ -109,6 +114,7 @@ class Link:
             if order is None:
                 self._known.clear()  # until a report is answered again
             else:
+                self._told = (*self._told[:1], order.generation)
                 self._give(order, None)
 
     async def _poll(self) -> Order | None:
@@ -156,9 +162,3 @@ class Link:
         if problem != self._problem:
             self._say(problem or "the coordinator answers")
         self._problem = problem
-
-
-def _brief(report: Report, told: Generation | None) -> Report:
-    if report.generation is None:
-        return report
-    return replace(report, generation=report.generation.brief(told))

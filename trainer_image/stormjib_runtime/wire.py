@@ -143,9 +143,10 @@ class Generation:
     def _node_ranks(self) -> dict[int, int]:
         return {member.slot: i for i, member in enumerate(self.members)}
 
-    def brief(self, known: Generation | None) -> Generation:
-        """What is sent to somebody who holds `known`: of the same generation its id is enough."""
-        return replace(self, members=()) if known is not None and known.id == self.id else self
+    def brief(self, *known: Generation | None) -> Generation:
+        """What is sent to somebody who holds these: of a generation that is among them its id is enough."""
+        held = any(one is not None and one.id == self.id for one in known)
+        return replace(self, members=()) if held else self
 
     def whole(self, *known: Generation | None) -> Generation | None:
         """What was sent, with its members again; None where that generation is not among the known ones."""
