@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from stormjib_health.records.ring import Recorder, ring_path
 from stormjib_health.sampler.look import Target
-from stormjib_health.sampler.proc import UNSEEN, Activity, Watch, read_stat
+from stormjib_health.sampler.proc import BLINK_S, UNSEEN, Activity, Watch, read_stat
 from stormjib_runtime.agent_core import StepTimes
 from stormjib_runtime.environment import rank_environment
 from stormjib_runtime.errors import ZygoteError
@@ -96,15 +96,17 @@ class Rank:
     page: Page
     times: StepTimes = field(default_factory=StepTimes)
 
-    def state(self, now_ns: int) -> RankState:
-        """What is seen of it from outside."""
+    def state(self, now_ns: int, awake_ns: int = 0) -> RankState:
+        """What is seen of it from outside. Before `awake_ns` nobody looked."""
         said = self.page.read()
         process = self.process
         return RankState(
             rank=self.number,
             exit=process.exit,
             step=said.step,
-            step_age_s=max(0.0, (now_ns - said.written_ns) / 1e9) if said.written_ns > 0 else 0.0,
+            step_age_s=max(0.0, (now_ns - max(said.written_ns, awake_ns)) / 1e9)
+            if said.written_ns > 0
+            else 0.0,
             median_step_s=self.times.sample(said.step, said.step_ns),
             phase=said.phase,
             listens=said.listens,
@@ -127,6 +129,7 @@ class Ranks:
     def __init__(self, folder: Path, changed: Callable[[], None]) -> None:
         self.folder = folder
         self._changed = changed
+        self._looked_ns = self._awake_ns = 0
         self._ranks: list[Rank] = []
         self.all_ended = asyncio.Event()
         self.first_failure = 0
@@ -206,15 +209,23 @@ class Ranks:
 
     def sample(self) -> None:
         """Look at every process and page once more."""
-        now = time.monotonic()
+        now = self._look() / 1e9
         for process in self._processes():
             process.sample(now)
         for rank in self._ranks:
             rank.times.sample(rank.page.step, rank.page.read().step_ns)
 
     def states(self) -> tuple[RankState, ...]:
+        now_ns = self._look()
+        return tuple(rank.state(now_ns, self._awake_ns) for rank in self._ranks)
+
+    def _look(self) -> int:
+        """Nanoseconds now. After a hole in time (a machine that was frozen or moved) ages count from here on."""
         now_ns = time.monotonic_ns()
-        return tuple(rank.state(now_ns) for rank in self._ranks)
+        if now_ns - self._looked_ns > BLINK_S * 1e9:
+            self._awake_ns = now_ns
+        self._looked_ns = now_ns
+        return now_ns
 
     def targets(self) -> tuple[Target, ...]:
         """The ranks as the sampler looks at them."""

@@ -12,6 +12,8 @@ IDLE_SHARE = 0.05
 """Below this share of a core a process does nothing worth the name."""
 WINDOW_S = 0.5
 """CPU use is judged over at least this long: the kernel counts in ticks of 10 ms."""
+BLINK_S = 2.0
+"""Between two looks of ours: then we ourselves did not run, nor perhaps did anybody here, and nothing that lasted so long counts."""
 STOPPED = frozenset("Tt")
 HALTED = STOPPED | frozenset("ZD")
 """States in which a process does not run and no event of its own wakes it; D may also be a short wait for a device."""
@@ -52,9 +54,13 @@ class Watch:
         self._ticks = 0
         self._window: tuple[float, int] | None = None
         self._idle_since: float | None = None
+        self._looked = 0.0
 
     def sample(self, now: float, stat: Stat) -> Activity:
         """Take one more sample; what is known now."""
+        if now - self._looked > BLINK_S:
+            self._state_since = self._window = self._idle_since = None
+        self._looked = now
         if stat.state not in HALTED:
             self._state_since = None
         elif self._state_since is None or stat.state != self._state or self._ran(stat):

@@ -11,6 +11,7 @@ import time
 import pytest
 
 from stormjib_health.sampler.proc import (
+    Activity,
     Stat,
     StatFile,
     Watch,
@@ -40,7 +41,7 @@ def test_a_stopped_process_ages_and_a_running_one_does_not() -> None:
     watch = Watch()
     assert watch.sample(10.0, Stat(1, "S", 0, 0)).state_age_s == 0.0
     assert watch.sample(11.0, Stat(1, "T", 0, 0)).state_age_s == 0.0
-    assert watch.sample(13.5, Stat(1, "T", 0, 0)).state_age_s == 2.5
+    assert watch.sample(12.5, Stat(1, "T", 0, 0)).state_age_s == 1.5
     assert watch.sample(14.0, Stat(1, "S", 0, 0)).state_age_s == 0.0
 
 
@@ -50,6 +51,15 @@ def test_a_process_that_is_stopped_again_and_again_and_runs_in_between_is_not_st
     assert watch.sample(10.2, Stat(1, "T", 0, 50)).state_age_s == pytest.approx(0.2)
     assert watch.sample(10.4, Stat(1, "T", 0, 51)).state_age_s == 0.0
     assert watch.sample(10.6, Stat(1, "T", 0, 51)).state_age_s == pytest.approx(0.2)
+
+
+def test_what_lasted_while_nobody_looked_does_not_count() -> None:
+    watch = Watch()
+    for tenth in range(20):
+        seen = watch.sample(10.0 + tenth / 10, Stat(1, "D", 0, 0))
+    assert seen.state_age_s == seen.idle_s == pytest.approx(1.9)
+    assert watch.sample(102.0, Stat(1, "D", 0, 0)) == Activity("D", 0.0, 0.0)
+    assert watch.sample(103.0, Stat(1, "D", 0, 0)) == Activity("D", 1.0, 1.0)
 
 
 def test_idle_time_grows_while_no_cpu_is_used_and_ends_with_its_use() -> None:
