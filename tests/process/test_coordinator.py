@@ -8,12 +8,14 @@ import os
 import signal
 import time
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
 
 from fakes.coordinator import OPERATOR, TOKEN, Process, running_job, step
 from fakes.runtime import JOB, FakeAgent, bounds
+from stormjib_runtime import engine
 from stormjib_runtime.codec import decode, encode
 from stormjib_runtime.coordinator import Coordinator, Settings, Stopped
 from stormjib_runtime.http import request
@@ -245,7 +247,7 @@ async def test_where_a_decision_takes_long_the_next_one_waits_for_the_tick(
         await coordinator.start()
         coordinator.put_bounds(bounds(2, 2))
         for slot in (0, 1):
-            coordinator._hear(FakeAgent(slot).report())
+            coordinator._take(partial(engine.heard, report=FakeAgent(slot).report()))
         assert coordinator.job.generation is None
         async with asyncio.timeout(2):
             while coordinator.job.generation is None:

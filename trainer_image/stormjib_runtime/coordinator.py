@@ -14,7 +14,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -221,6 +221,17 @@ class Coordinator:
         for generation, verdict in self._watch.tick(self._state, now):
             self._apply(engine.on_verdict(self._state, generation, verdict, now))
 
+    def _take(self, fact: Callable[..., State]) -> None:
+        """Take what an agent tells, and decide at once what follows; in a job so large that this takes a while, and where many tell
+        something at the same time, at the next tick."""
+        began = time.monotonic()
+        new = fact(self._state, now=began)
+        if began >= self._deciding_again:
+            new = engine.decided(self._state, new, began)
+            seconds = time.monotonic() - began
+            self._deciding_again = began + SELDOM * seconds if seconds > LONG_S else began
+        self._apply(new)
+
     def _attach(self, connection: Connection, slot: int, agent: int) -> None:
         """A killed container closes all its connections; a link that is only reset is made again at once."""
         self._links.setdefault((slot, agent), set()).add(connection)
@@ -232,7 +243,7 @@ class Coordinator:
         if links or self._links.pop((slot, agent), None) is None:
             return
         try:
-            self._apply(engine.on_lost(self._state, slot, agent, time.monotonic()))
+            self._take(partial(engine.lost, slot=slot, agent=agent))
         except Stopped:
             return  # `wait` tells
 
@@ -254,7 +265,7 @@ class Coordinator:
         admit(self._state, report)
         report = completed(self._state, report)
         self._watch.exits(self._state, report, time.monotonic())
-        self._hear(report)
+        self._take(partial(engine.heard, report=report))
         self._attach(request.connection, report.slot, report.agent)
         return self._answer(report.slot)
 
@@ -268,17 +279,6 @@ class Coordinator:
             engine.on_poll(self._state, slot, agent, time.monotonic())
         )  # refused if replaced meanwhile
         return self._answer(slot)
-
-    def _hear(self, report: Report) -> None:
-        """Take a report, and decide at once what follows; of a job so large that this takes a while, at the next tick."""
-        began = time.monotonic()
-        if began < self._deciding_again:
-            self._apply(engine.heard(self._state, report, began))
-            return
-        self._apply(engine.on_report(self._state, report, began))
-        seconds = time.monotonic() - began
-        if seconds > LONG_S:
-            self._deciding_again = began + SELDOM * seconds
 
     def _answer(self, slot: int) -> Response:
         order, held = order_for(self._state, slot), self._state.agents[slot].report.generation

@@ -48,13 +48,16 @@ REFUSED_KEPT = 64
 
 def on_report(state: State, report: Report, now: float) -> State:
     """An agent said all it knows. Raises Refused where it is not of this job, not of its slot, or out of date."""
-    new = heard(state, report, now)
-    return new if new.revision == state.revision else _changed(state, decide(new, now))
+    return decided(state, heard(state, report, now), now)
+
+
+def decided(before: State, state: State, now: float) -> State:
+    """The rules applied to a state with a new fact in it, if that may change a decision: then `revision` has grown."""
+    return state if state.revision == before.revision else on_tick(state, now)
 
 
 def heard(state: State, report: Report, now: float) -> State:
-    """As `on_report`, without a decision: `revision` has grown where one may be due. What follows is for the next tick, if many
-    speak at the same time."""
+    """As `on_report`, without a decision."""
     admit(state, report)
     before = state.agents.get(report.slot)
     merged = merge(state, report, now)
@@ -75,10 +78,15 @@ def on_poll(state: State, slot: int, agent: int, now: float) -> State:
 
 def on_lost(state: State, slot: int, agent: int, now: float) -> State:
     """The last connection of an agent broke."""
+    return decided(state, lost(state, slot, agent, now), now)
+
+
+def lost(state: State, slot: int, agent: int, now: float) -> State:
+    """As `on_lost`, without a decision."""
     known = state.agents.get(slot)
     if known is None or known.report.agent != agent or known.lost_at is not None:
         return state
-    return _changed(state, decide(_with_agent(state, slot, replace(known, lost_at=now)), now))
+    return _changed(state, _with_agent(state, slot, replace(known, lost_at=now)))
 
 
 def on_bounds(state: State, bounds: Bounds, now: float) -> State:

@@ -20,6 +20,7 @@ from stormjib_health.wire import (
     Edge,
     Finding,
     Group,
+    Pair,
     RankSample,
     Sample,
     Stack,
@@ -50,7 +51,7 @@ RANKS = records(
     RankSample,
     steps_s=lists(FLOATS),
     own_s=lists(FLOATS),
-    calls=lists(records(Call)),
+    calls=lists(records(Call, pairs=lists(records(Pair)))),
     timings=lists(records(Timing)),
 )
 
@@ -147,9 +148,9 @@ def test_a_value_of_another_type_is_refused_by_its_path(at: int, value: object, 
 
 
 def test_too_few_and_too_many_values_name_what_is_wanted() -> None:
-    with pytest.raises(DecodeError, match="has 1 values; wanted 2 to 11: group, issued"):
+    with pytest.raises(DecodeError, match="has 1 values; wanted 2 to 10: group, issued"):
         read(Call, [1])
-    with pytest.raises(DecodeError, match="has 12 values; wanted 2 to 11"):
+    with pytest.raises(DecodeError, match="has 12 values; wanted 2 to 10"):
         read(Call, [0] * 12)
 
 

@@ -25,7 +25,13 @@ def test_a_step_is_no_older_than_the_agent_has_been_awake(
     ranks._ranks.append(Rank(0, Process(lambda: None), page))
     ages = []
     page.step = 7
-    for ahead[0] in (0.0, 1.5, 3.0, 93.0, 94.5):  # between the last but one and that before it, all was frozen
+    for ahead[0] in (
+        0.0,
+        1.5,
+        3.0,
+        93.0,
+        94.5,
+    ):  # between the last but one and that before it, all was frozen
         ranks.sample()
         ages.append(ranks.states()[0].step_age_s)
     page.close()
