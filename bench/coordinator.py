@@ -37,7 +37,8 @@ if TYPE_CHECKING:
 
 AGENTS, PER_SLOT = 1250, 8
 WINDOWS, WINDOW_S = 5, 10.0
-SETTLE_S = 5.0
+SETTLE = 1.5
+"""Intervals between two samples: the first ones name all groups."""
 SUBJECT = "stormjib"
 
 
@@ -77,7 +78,7 @@ async def measure(count: int, windows: int) -> list[Row]:
             start_s = await _started(coordinator, agents)
             eyes = [Eye(coordinator.port, _interval(count), iter(bodies)) for bodies in told]
             sampling = [asyncio.create_task(eye.run(i / count)) for i, eye in enumerate(eyes)]
-            await asyncio.sleep(SETTLE_S)
+            await asyncio.sleep(SETTLE * _interval(count))
             seen = [await _window(coordinator, agents, eyes) for _ in range(windows)]
             memory = coordinator.rss_mb()
         finally:
@@ -167,7 +168,7 @@ def _samples(count: int, windows: int) -> list[list[bytes]]:
     """For each slot the samples that it will send, packed beforehand."""
     trace = Trace(Shape("tp_dp", count * PER_SLOT, PER_SLOT, PER_SLOT, step_s=1.0), 2)
     interval = _interval(count)
-    rounds = 3 + int((SETTLE_S + windows * (WINDOW_S + 1)) / interval)
+    rounds = 4 + int(windows * (WINDOW_S + 1) / interval)
     told: list[list[bytes]] = [[] for _ in range(count)]
     for number in range(rounds):
         for slot in trace.slots:

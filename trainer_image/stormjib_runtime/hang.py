@@ -1,14 +1,14 @@
 """The rules about time without progress. All of it is evidence from reports: ages that agents measured themselves.
 
-A report is at most a heartbeat old while its agent is heard, so ages are carried forward by at most that much: what an
-agent did not say is not evidence.
+Ages are carried forward by at most a second, also where many agents make heartbeats rarer: what an agent did not say is not
+evidence.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from stormjib_runtime.wire import Bounds, Cause, Fault, RankPhase, RankState
+from stormjib_runtime.wire import HEARTBEAT_S, Bounds, Cause, Fault, RankPhase, RankState
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -35,7 +35,7 @@ def ranks(state: State, now: float) -> list[Seen]:
 
 
 def _living(state: State, agent: Agent, now: float) -> Iterable[tuple[RankState, float]]:
-    carry = min(now - agent.heard, agent.heartbeat_s)
+    carry = min(now - agent.heard, HEARTBEAT_S)
     if state.generation is None or not agent.runs(state.generation):
         return ()
     return [(rank, carry) for rank in agent.report.ranks if rank.exit is None]

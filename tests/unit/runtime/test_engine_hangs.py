@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from fakes.runtime import World, bounds, last_fault, running_world
-from stormjib_runtime.wire import Cause, Hang, RankPhase
+from stormjib_runtime.hang import ranks, stopped
+from stormjib_runtime.wire import HEARTBEAT_S, Cause, Hang, RankPhase
 
 # --- silence --------------------------------------------------------------------------------------------------------
 
@@ -189,3 +192,13 @@ def test_the_one_that_lags_behind_is_named() -> None:
     world.agents[1].rank(1, step=9)
     world.pass_time(63)
     assert (last_fault(world).slot, last_fault(world).rank) == (1, 3)
+
+
+def test_rare_heartbeats_of_a_large_job_do_not_make_ranks_look_stopped() -> None:
+    world = running_world()
+    world.step_all(5)
+    agents = {slot: replace(agent, heartbeat_s=2.5) for slot, agent in world.state.agents.items()}
+    state = replace(world.state, agents=agents)
+    seen = ranks(state, world.now + 2.4)
+    assert [carry for _, _, carry in seen] == [HEARTBEAT_S] * len(seen)
+    assert stopped(seen) is False
