@@ -254,3 +254,18 @@ async def test_where_a_decision_takes_long_the_next_one_waits_for_the_tick(
                 await asyncio.sleep(0.01)
     finally:
         await coordinator.close()
+
+
+async def test_a_tick_that_is_urgent_does_not_wait_for_one_that_is_not(tmp_path: Path) -> None:
+    coordinator = Coordinator(Settings(JOB, 1, TOKEN, OPERATOR, tmp_path, "127.0.0.1", 0))
+    try:
+        await coordinator.start()
+        coordinator._tick_in(5.0)
+        coordinator._tick_in(0.05)
+        first = coordinator._timer
+        coordinator._tick_in(0.2)
+        assert coordinator._timer is first, "one comes sooner"
+        assert first
+        assert first.when() < asyncio.get_running_loop().time() + 0.1
+    finally:
+        await coordinator.close()

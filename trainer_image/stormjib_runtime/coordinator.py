@@ -199,12 +199,23 @@ class Coordinator:
 
     def _arm(self) -> None:
         """Tick only while something may time out."""
+        if self._timer is not None and not self._watch.urgent:
+            return
         busy = self._state.agents and not isinstance(self._state.stage, Complete)
-        if busy and self._timer is None and self._over is not None and not self._over.done():
+        if busy and self._over is not None and not self._over.done():
             delay = UNEASY_S if self._watch.suspicious else TICK_S
-            if is_urgent(self._state, time.monotonic()):
+            if self._watch.urgent or is_urgent(self._state, time.monotonic()):
                 delay = URGENT_S
-            self._timer = asyncio.get_running_loop().call_later(delay, self._tick)
+            self._tick_in(delay)
+
+    def _tick_in(self, delay: float) -> None:
+        """A tick that soon, unless one comes sooner."""
+        loop = asyncio.get_running_loop()
+        if self._timer is not None and self._timer.when() <= loop.time() + delay:
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = loop.call_later(delay, self._tick)
 
     def _tick(self) -> None:
         self._timer = None

@@ -73,6 +73,11 @@ class Watch:
         self._known: deque[tuple[str, int]] = deque(maxlen=256)
         """Verdicts that are counted."""
 
+    @property
+    def urgent(self) -> bool:
+        """A rank has ended by itself, and who went first is about to be told."""
+        return self._crashed or self._former is not None
+
     def follow(self, state: State, now: float) -> None:
         """Begin anew with each generation whose ranks run; forget one that is over."""
         generation = state.generation if isinstance(state.stage, Running) else None

@@ -72,7 +72,11 @@ class Hang:
     def _judge(self, now: float) -> Verdict | None:
         dead = stopped.stopped(self._book, now)
         limit = self.patience()
-        found = stand(self._book, now, (limit or self._book.limits.hang_floor_s) / 2)
+        least = (limit or self._book.limits.hang_floor_s) / 2
+        if not dead and now - self._book.advanced_at < least:
+            self.since, self.wanted = None, ()
+            return None  # nobody can have waited for so long: a look at ten thousand ranks is not free
+        found = stand(self._book, now, least)
         if dead:
             self._suspect(now, found, dead)
             return stopped.of_ranks(self._book, found, dead, 0.98, True, self._lasted(now))

@@ -140,6 +140,7 @@ def test_who_died_first_is_told_although_the_generation_is_over_by_then() -> Non
         watched.watch.exits(world.state, report, world.now)
         world.state = engine.on_report(world.state, report, world.now)
         watched.watch.follow(world.state, world.now)
+        assert watched.watch.urgent
     world.settle()
     watched.watch.follow(world.state, world.now)
     assert world.job().verdicts == ()
@@ -147,6 +148,7 @@ def test_who_died_first_is_told_although_the_generation_is_over_by_then() -> Non
         world.now += 0.1
         watched.look()
     (verdict,) = world.job().verdicts
+    assert not watched.watch.urgent, "it is told"
     assert (verdict.syndrome, verdict.culprits, verdict.generation) == (Syndrome.CRASH, (2,), "1.1")
     assert world.causes == ["Start", "RankExit"], "it is said, not acted on again"
 
