@@ -71,9 +71,14 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=20, help="of each kind")
     parser.add_argument("--healthy", type=int, default=2000, help="steps without a fault")
     parser.add_argument("--seed", type=int, default=4)
+    parser.add_argument(
+        "--quick", action="store_true", help="one trial of each kind, 100 steps without a fault"
+    )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--raw", type=Path, help="one line of JSON for each trial")
     options = parser.parse_args()
+    if options.quick:
+        options.trials, options.healthy = 1, 100
     imports = ["torch.distributed.fsdp", "torch._dynamo", "stormjib_trainer.loop"]
     warm = Warm("faulty_trainer", imports)
     try:

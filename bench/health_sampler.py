@@ -1,4 +1,4 @@
-"""What sampling costs an agent: `python -m bench.health_sampler [--ranks 8] [--seconds 20]`.
+"""What sampling costs an agent: `python -m bench.health_sampler [--ranks 8] [--seconds 20] [--quick] [--json FILE]`.
 
 The ranks are plain processes that record and send as a step loop does (ten steps a second, ten calls each, every rank
 connected to every other), without torch, so that the cores are free for what is measured.
@@ -19,6 +19,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
+from rich.console import Console
+
+from bench.table import Row, show, write_json
 from stormjib_health.records.groups import GroupsWriter, groups_path
 from stormjib_health.records.layout import PENDING
 from stormjib_health.records.ring import Recorder, ring_path
@@ -37,6 +40,8 @@ if TYPE_CHECKING:
     from stormjib_health.wire import Check
     from stormjib_runtime.http_server import Request
 
+SUBJECT = "stormjib"
+RUNS = 5
 STEP_S = 0.1
 CALLS = 10
 TIMED = (0, 9)
@@ -195,10 +200,12 @@ async def answer() -> None:
 
 
 def main() -> None:
-    """Measure, and print."""
+    """Run the bench."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ranks", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=20.0)
+    parser.add_argument("--quick", action="store_true", help="one run of 5 seconds")
+    parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--step-as", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--answer", action="store_true", help=argparse.SUPPRESS)
@@ -208,20 +215,29 @@ def main() -> None:
     elif given.answer:
         asyncio.run(answer())
     else:
-        _measure(given.ranks, given.seconds)
+        rows = measure(given.ranks, 1 if given.quick else RUNS, 5.0 if given.quick else given.seconds)
+        Console().print(show(rows))
+        if given.json:
+            write_json(given.json, rows, [])
 
 
-def _measure(ranks: int, seconds: float) -> None:
+def measure(ranks: int, runs: int, seconds: float) -> list[Row]:
+    """What the parts of a sample cost, and all of it as part of a core."""
+    case = f"{ranks} ranks"
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder, Steppers(ranks, Path(folder)) as steppers:
         while not all((steppers.folder / f"port-{rank}").exists() for rank in range(ranks)):
             time.sleep(0.05)
-        for name, values in parts(steppers, 50).items():
-            unit = "" if name in ("bytes", "sockets") else "ms of CPU"
-            print(f"{name:16} least {values[0]:8.3f}, median {values[len(values) // 2]:8.3f} {unit}")
-        used, sizes = share(steppers, seconds)
-        print(
-            f"{'all of it':16} {100 * used:8.2f} % of a core, {len(sizes)} samples, largest {max(sizes)} bytes"
-        )
+        rows = [
+            Row.of(name, case, SUBJECT, values, "" if name in ("bytes", "sockets") else "ms of CPU")
+            for name, values in parts(steppers, 50).items()
+        ]
+        shares = [share(steppers, seconds) for _ in range(runs)]
+    largest = [float(max(sizes)) for _, sizes in shares]
+    return [
+        *rows,
+        Row.of("all of it", case, SUBJECT, [100 * used for used, _ in shares], "% of a core"),
+        Row.of("largest sample", case, SUBJECT, largest, "bytes"),
+    ]
 
 
 if __name__ == "__main__":
