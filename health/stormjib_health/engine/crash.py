@@ -148,7 +148,8 @@ class Crash:
         silent = [
             number
             for number, slot in self._book.slots.items()
-            if any(rank.exit is None for rank in slot.ranks.values())
+            if slot.number >= (0, 0)  # one that was never heard may be about to begin
+            and any(rank.exit is None for rank in slot.ranks.values())
             and (slot.quiet or (slot.heard < at and now - slot.heard > patience * slot.interval))
             and (rank < 0 or number == self._book.slot_of[rank])
         ]

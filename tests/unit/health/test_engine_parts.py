@@ -382,6 +382,10 @@ def test_a_slot_that_says_nothing_after_the_others_ended_has_gone_first() -> Non
     assert (verdict.scope, verdict.culprits, verdict.slots) == (Scope.NODE, (2,), (2,))
     assert verdict.sentence == "rank 0 lost the connection to slot 2, and its agent has been silent since"
     assert verdict.lasted_s <= 0.4
+    begun = Engine([Place(rank, rank) for rank in range(2)])
+    begun.observe(Sample(1, "u", 0, 0, "1.1", 1, 0.2, (RankSample(0),)), 0.6)
+    (verdict,) = crash(begun, (0.5, 0, 1, VICTIM.format(77)))
+    assert verdict.scope is Scope.JOB, "the other slot was never heard: it may be about to begin"
     exits = [(0.5, rank, 1, VICTIM.format(77)) for rank in range(3)]
     (verdict,) = crash(engine_of(3), *exits)
     assert verdict.scope is Scope.JOB, "all ranks of the silent slot are accounted for"
