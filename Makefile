@@ -56,6 +56,10 @@ bench: setup      ## every benchmark, tables on the terminal
 	$(PY) -m bench.recovery
 	$(PY) -m bench.health --quick
 	$(PY) -m bench.health_cost
+	$(PY) -m bench.health_sampler --quick
+	$(PY) -m bench.health_engine --quick
+	$(PY) -m bench.health_integrity --quick
+	$(PY) -m bench.coordinator --quick
 
 lock: setup       ## write requirements/*.txt anew
 	$(BIN)/uv pip compile pyproject.toml --extra demo --group lint --universal --python-version 3.11 \
