@@ -12,6 +12,7 @@ from stormjib_runtime.http import Response
 from stormjib_runtime.http_server import serve
 from stormjib_runtime.wire import (
     PROTOCOL,
+    UNKNOWN_GENERATION,
     AgentPhase,
     Cause,
     Do,
@@ -131,6 +132,13 @@ class ScriptedCoordinator:
     async def _report(self, request: Request) -> Response:
         assert request.bearer(TOKEN)
         report = codec.decode(Report, request.body)
+        if report.generation is not None:
+            before = self.reports.get(report.slot)
+            known = (self._order(report.slot).generation, before.generation if before else None)
+            whole = report.generation.whole(*known)
+            if whole is None:
+                return Response(UNKNOWN_GENERATION, b"who is in it?")
+            report = replace(report, generation=whole)
         async with self._changed:
             self.reports[report.slot] = report
             self.seen.append(report)
