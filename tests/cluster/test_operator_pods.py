@@ -154,9 +154,12 @@ def test_a_quota_that_refuses_the_second_pod_is_said_and_lifted(kubectl: Kubectl
     kubectl.apply(job())
     found = wait_for(kubectl, "job", "Scheduled", "False", "CreateRefused")
     assert "exceeded quota: small" in found["message"]
-    events = kubectl.get("events")["items"]
-    refused = [event for event in events if event["reason"] == "CreateRefused"]
-    assert [event["involvedObject"]["kind"] for event in refused] == ["TrainingJob"]
+
+    def told() -> list[str]:  # the condition is written first
+        events = kubectl.get("events")["items"]
+        return [event["involvedObject"]["kind"] for event in events if event["reason"] == "CreateRefused"]
+
+    assert eventually("the event", 20, told) == ["TrainingJob"]
     kubectl.apply(quota | {"spec": {"hard": {"pods": "9"}}})
     wait_for(kubectl, "job", "Scheduled", "True")
 
