@@ -52,6 +52,16 @@ def bounds(replicas: int = 2, minimum: int = 1, spares: int = 0, **other: Any) -
     return replace(base, **other)
 
 
+def on_report(state: State, report: Report, now: float) -> State:
+    """A report, and what follows from it."""
+    return engine.decided(state, engine.heard(state, report, now), now)
+
+
+def on_lost(state: State, slot: int, agent: int, now: float) -> State:
+    """A broken connection, and what follows from it."""
+    return engine.decided(state, engine.lost(state, slot, agent, now), now)
+
+
 @dataclass
 class FakeAgent:
     """Does what an agent does with its orders, at once; its ranks step when the test says so."""
@@ -223,7 +233,7 @@ class World:
         """One report of this agent, and the order that answers it."""
         agent = self.agents[slot]
         if agent.alive and slot not in self.cut:
-            self.state = engine.on_report(self.state, agent.report(), self.now)
+            self.state = on_report(self.state, agent.report(), self.now)
             agent.obey(order_for(self.state, slot))
 
     def settle(self) -> None:
@@ -258,7 +268,7 @@ class World:
     def kill(self, slot: int) -> None:
         """Its container dies: the connection breaks."""
         self.agents[slot].alive = False
-        self.state = engine.on_lost(self.state, slot, self.agents[slot].number, self.now)
+        self.state = on_lost(self.state, slot, self.agents[slot].number, self.now)
 
     def come_back(self, slot: int) -> None:
         self.agents[slot].restart()
@@ -289,7 +299,7 @@ class World:
     def refused(self, slot: int) -> int:
         """Status with which a report of this agent is refused; 0 where it is not."""
         try:
-            engine.on_report(self.state, self.agents[slot].report(), self.now)
+            on_report(self.state, self.agents[slot].report(), self.now)
         except Refused as error:
             return error.status
         return 0

@@ -46,18 +46,13 @@ REFUSED_KEPT = 64
 # --- facts ----------------------------------------------------------------------------------------------------------
 
 
-def on_report(state: State, report: Report, now: float) -> State:
-    """An agent said all it knows. Raises Refused where it is not of this job, not of its slot, or out of date."""
-    return decided(state, heard(state, report, now), now)
-
-
 def decided(before: State, state: State, now: float) -> State:
     """The rules applied to a state with a new fact in it, if that may change a decision: then `revision` has grown."""
     return state if state.revision == before.revision else on_tick(state, now)
 
 
 def heard(state: State, report: Report, now: float) -> State:
-    """As `on_report`, without a decision."""
+    """An agent said all it knows; `decided` comes next. Raises Refused where it is not of this job, not of its slot, or out of date."""
     admit(state, report)
     before = state.agents.get(report.slot)
     merged = merge(state, report, now)
@@ -76,13 +71,8 @@ def on_poll(state: State, slot: int, agent: int, now: float) -> State:
     return state if known.lost_at is None else _with_agent(state, slot, replace(known, lost_at=None))
 
 
-def on_lost(state: State, slot: int, agent: int, now: float) -> State:
-    """The last connection of an agent broke."""
-    return decided(state, lost(state, slot, agent, now), now)
-
-
 def lost(state: State, slot: int, agent: int, now: float) -> State:
-    """As `on_lost`, without a decision."""
+    """The last connection of an agent broke; `decided` comes next."""
     known = state.agents.get(slot)
     if known is None or known.report.agent != agent or known.lost_at is not None:
         return state

@@ -256,17 +256,23 @@ def test_where_something_stands_only_bursts_that_fail_count(
     assert (outcome.part, outcome.slots) == (part, slots)
 
 
+def standing() -> tuple[Cut, Checks, Bad]:
+    """Four slots that are heard, and what rank 0 sends to rank 1 is not acknowledged."""
+    book, checks = Book([Place(rank, rank) for rank in range(4)], DEFAULT, 0.0), Checks(DEFAULT)
+    for slot in book.slots.values():
+        slot.quiet, slot.heard = False, 1.0
+    cut = Cut(book, checks)
+    bad = Bad(0, 1, End(Edge(0, "10.0.0.1:1", "10.0.0.2:2", unacked=1)), 1)
+    return cut, checks, bad
+
+
 @pytest.mark.parametrize(
     ("dead", "scope", "culprits"), [((0, 1), Scope.LINK, (0, 1)), ((1, 3), Scope.NODE, (1,))]
 )
 def test_a_connection_that_stands_is_called_a_link_or_a_node_only_once_bursts_have_told(
     dead: tuple[int, int], scope: Scope, culprits: tuple[int, ...]
 ) -> None:
-    book, checks = Book([Place(rank, rank) for rank in range(4)], DEFAULT, 0.0), Checks(DEFAULT)
-    for slot in book.slots.values():
-        slot.quiet, slot.heard = False, 1.0
-    cut = Cut(book, checks)
-    bad = Bad(0, 1, End(Edge(0, "10.0.0.1:1", "10.0.0.2:2", unacked=1)), 1)
+    cut, checks, bad = standing()
     cut.prepare([bad], 0.7)
     cut.prepare([bad], 0.8)
     asked = checks.new()
@@ -282,11 +288,7 @@ def test_a_connection_that_stands_is_called_a_link_or_a_node_only_once_bursts_ha
 
 
 def test_bursts_that_nobody_answers_are_not_waited_for_long() -> None:
-    book, checks = Book([Place(rank, rank) for rank in range(4)], DEFAULT, 0.0), Checks(DEFAULT)
-    for slot in book.slots.values():
-        slot.quiet, slot.heard = False, 1.0
-    cut = Cut(book, checks)
-    bad = Bad(0, 1, End(Edge(0, "10.0.0.1:1", "10.0.0.2:2", unacked=1)), 1)
+    cut, _, bad = standing()
     cut.prepare([bad], 0.7)
     assert cut.of_bad([bad], 1.5, 1.5) is None
     verdict = cut.of_bad([bad], 1.6, 1.6)

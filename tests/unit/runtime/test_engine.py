@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from fakes.runtime import World, bounds, running_world
+from fakes.runtime import World, bounds, on_report, running_world
 from stormjib_runtime import engine
 from stormjib_runtime.admit import completed
 from stormjib_runtime.members import LOWER_WAIT_S, START_WAIT_S, choose
@@ -164,7 +164,7 @@ def test_another_job_or_protocol_is_refused() -> None:
     report = world.agents[0].report()
     for wrong, status in ((replace(report, job_uid="x"), 403), (replace(report, protocol=2), 409)):
         with pytest.raises(Refused) as error:
-            engine.on_report(world.state, wrong, world.now)
+            on_report(world.state, wrong, world.now)
         assert error.value.status == status
 
 
@@ -182,7 +182,7 @@ def test_a_late_report_of_the_same_agent_changes_nothing() -> None:
     late = world.agents[0].report()
     world.settle()
     world.step_all(5)
-    after = engine.on_report(world.state, late, world.now)
+    after = on_report(world.state, late, world.now)
     assert after is world.state
 
 
@@ -192,7 +192,7 @@ def test_a_late_report_of_an_older_generation_changes_nothing_whatever_order_it_
     late = replace(world.agents[1].report(), order_version=1 << 50)
     world.settle()
     world.step_all(11)
-    assert engine.on_report(world.state, late, world.now) is world.state
+    assert on_report(world.state, late, world.now) is world.state
     assert world.causes == ["Start", "RankExit"]
 
 

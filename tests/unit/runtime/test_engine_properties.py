@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from fakes.runtime import JOB, FakeAgent, World, bounds
-from stormjib_runtime import engine, kept
+from fakes.runtime import JOB, FakeAgent, World, bounds, on_lost, on_report
+from stormjib_runtime import kept
 from stormjib_runtime.orders import order_for
 from stormjib_runtime.state import Refused, Running
 from stormjib_runtime.wire import AgentPhase, Cause, Generation, GenerationId, JobPhase, Order, Report
@@ -51,7 +51,7 @@ class Storm(RuleBasedStateMachine):
         report = agent.report()
         self.reports.append(report)
         try:
-            self.world.state = engine.on_report(self.world.state, report, self.world.now)
+            self.world.state = on_report(self.world.state, report, self.world.now)
         except Refused:
             return
         self.note()
@@ -105,7 +105,7 @@ class Storm(RuleBasedStateMachine):
         if report.slot in self.world.cut or (report.agent == current.number and not current.alive):
             return  # it would prove a life that has ended; only a message of the dead does that
         try:
-            self.world.state = engine.on_report(self.world.state, report, self.world.now)
+            self.world.state = on_report(self.world.state, report, self.world.now)
         except Refused:
             return
         self.note()
@@ -139,7 +139,7 @@ class Storm(RuleBasedStateMachine):
             agent.alive = False
             self.disturbed += 1
             if seen and slot not in self.world.cut:
-                self.world.state = engine.on_lost(self.world.state, slot, agent.number, self.world.now)
+                self.world.state = on_lost(self.world.state, slot, agent.number, self.world.now)
                 self.note()
 
     @rule(slot=SLOTS)
@@ -169,7 +169,7 @@ class Storm(RuleBasedStateMachine):
         """The agent lives and asks again at once."""
         agent = self.world.agents[slot]
         if agent.alive and slot not in self.world.cut:
-            self.world.state = engine.on_lost(self.world.state, slot, agent.number, self.world.now)
+            self.world.state = on_lost(self.world.state, slot, agent.number, self.world.now)
             self.note()
             self.disturbed += 1
             self.say(slot)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from fakes.runtime import bounds, running_world
-from stormjib_runtime import engine
+from fakes.runtime import bounds, on_report, running_world
 
 
 def test_cut_off_beside_a_spare_it_waits_and_harms_nobody() -> None:
@@ -53,7 +52,7 @@ def test_one_late_word_of_a_healed_link_is_no_witness() -> None:
     world.cut |= {0, 1}
     world.pass_time(20)
     before = world.state.current
-    world.state = engine.on_report(world.state, on_its_way, world.now)
+    world.state = on_report(world.state, on_its_way, world.now)
     for _ in range(100):
         world.now += 0.1
         world.tick()

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from fakes.runtime import JOB, World, bounds, running_world
+from fakes.runtime import JOB, World, bounds, on_report, running_world
 from stormjib_health.wire import Call, Group, RankSample, Sample, Syndrome
 from stormjib_runtime import engine
 from stormjib_runtime.narrate import health_metrics
@@ -138,7 +138,7 @@ def test_who_died_first_is_told_although_the_generation_is_over_by_then() -> Non
         world.agents[slot].rank(0, exit=exit_, last_lines=lines)
         report = world.agents[slot].report()
         watched.watch.exits(world.state, report, world.now)
-        world.state = engine.on_report(world.state, report, world.now)
+        world.state = on_report(world.state, report, world.now)
         watched.watch.follow(world.state, world.now)
         assert watched.watch.urgent
     world.settle()
