@@ -157,6 +157,8 @@ class RankSample:
     """Sockets whose received bytes it has not taken over the last three samples: it does not run."""
     throttled_s: float = 0.0
     """Time that its cgroup was refused the processor since the last sample."""
+    queued_s: float = 0.0
+    """Time that its main thread was ready to run and waited for a processor since then."""
     calls: tuple[Call, ...] = ()
     timings: tuple[Timing, ...] = ()
     lost: int = 0

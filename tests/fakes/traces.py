@@ -565,7 +565,8 @@ class Trace:
             state if halted else "S",
             now - person.halted_at if halted and state in "TD" else 0.0, self._idle(person, now),
             "hrtimer_nanosleep" if halted else "futex_wait_queue", 1 if halted and state == "T" else 0,
-            over * 0.3 if quota else 0.0, self._calls(person, now), tuple(_timing(i) for i in ended),
+            over * 0.3 if quota else 0.0, over * 0.3 if quota else 0.0,
+            self._calls(person, now), tuple(_timing(i) for i in ended),
         )  # fmt: skip
 
     def _advance(self, person: Person, now: float) -> None:

@@ -6,6 +6,7 @@ sample (milliseconds) is the only error, and no two clocks are compared.
 
 from __future__ import annotations
 
+from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
 from stormjib_health.engine.check import MEMBERSHIPS, check
@@ -25,6 +26,8 @@ common stall of storage is told by most ranks being in it."""
 POINT_TO_POINT = (int(Kind.SEND), int(Kind.RECV))
 DEAD_STATES = frozenset("TtZX")
 FOREVER_AGO = float("-inf")
+QUEUES = 150
+"""Waits for a processor that are kept of a rank: of half a minute at five samples a second."""
 
 
 class Standing(NamedTuple):
@@ -61,8 +64,8 @@ class RankBook:
     """One rank as its agent last saw it."""
 
     __slots__ = (
-        "calls", "dead_since", "disk_since", "excused_at", "exit", "idle_since", "phase", "phase_since", "process", "rank",
-        "slot", "stack", "step", "throttled", "throttled_usually", "unread", "wchan",
+        "calls", "dead_since", "disk_since", "excused_at", "exit", "idle_since", "phase", "phase_since", "process", "queued",
+        "rank", "slot", "stack", "step", "throttled", "throttled_usually", "unread", "wchan",
     )  # fmt: skip
 
     def __init__(self, rank: int, slot: int) -> None:
@@ -83,6 +86,8 @@ class RankBook:
         """Part of the time in which the processor was refused, recent samples weighing most."""
         self.throttled_usually = 0.0
         """The same over many seconds."""
+        self.queued: deque[tuple[float, float]] = deque(maxlen=QUEUES)
+        """When it was heard that it had waited for a processor, and how long."""
         self.stack = ""
         self.exit: int | None = None
         self.calls: dict[int, Standing] = {}
@@ -103,6 +108,12 @@ class RankBook:
         part = min(1.0, seen.throttled_s / over_s) if over_s > 0 else 0.0
         self.throttled += 0.3 * (part - self.throttled)
         self.throttled_usually += 0.01 * (part - self.throttled_usually)
+        if seen.queued_s:
+            self.queued.append((now, seen.queued_s))
+
+    def queued_since(self, since: float) -> float:
+        """Seconds that it waited for a processor."""
+        return sum(seconds for at, seconds in self.queued if at > since)
 
 
 class Book:

@@ -72,7 +72,7 @@ def _check_rank(rank: RankSample) -> None:
     _count("step", rank.step + 1)
     _count("steps_to", rank.steps_to + 1)
     _count("unread", rank.unread)
-    for name in ("step_age_s", "phase_age_s", "process_age_s", "idle_s", "throttled_s"):
+    for name in ("step_age_s", "phase_age_s", "process_age_s", "idle_s", "throttled_s", "queued_s"):
         _seconds(name, getattr(rank, name))
     if len(rank.own_s) != len(rank.steps_s):
         raise Malformed(f"own_s holds {len(rank.own_s)} items; steps_s holds {len(rank.steps_s)}")

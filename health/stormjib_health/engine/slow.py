@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from stormjib_health.engine import words
-from stormjib_health.engine.baseline import chance
+from stormjib_health.engine.baseline import chance, median
 from stormjib_health.engine.links import Links
 from stormjib_health.engine.product import confirm_compute, took
 from stormjib_health.engine.usual import Usual
@@ -179,9 +179,24 @@ class Slow:
     def _of_suspect(
         self, blame: Blame, growth: Growth, named: tuple[Sequence[int], float], now: float
     ) -> Verdict:
-        """The verdict on ranks that a fixed product may clear."""
-        self._ask(named[0], now)
-        return self._of_ranks(blame, growth, *named, now)
+        """The verdict on ranks that a fixed product may clear. It says nothing where the processor is busy with others."""
+        ranks, sure = named
+        if self._queues(ranks, self._each(blame, growth, ranks[0])):
+            lasting = now - (self._pace.since or now) >= self._book.limits.queued_s
+            return self._of_ranks(blame, growth, ranks, sure if lasting else min(sure, 0.5), now)
+        self._ask(ranks, now)
+        return self._of_ranks(blame, growth, ranks, sure, now)
+
+    def _queues(self, ranks: Sequence[int], each: float) -> bool:
+        """Whether they are late because they wait for a processor, and the others do not."""
+        since = self._pace.since or 0.0
+        waits = {rank: book.queued_since(since) for rank, book in self._book.ranks.items()}
+        usual = median([wait for rank, wait in waits.items() if rank not in ranks] or [0.0])
+        return waits[ranks[0]] - usual >= self._book.limits.queued_part * each * self._pace.steps_since
+
+    def _each(self, blame: Blame, growth: Growth, rank: int) -> float:
+        """What this rank costs the others a step."""
+        return max(0.0, blame.late.get(rank, 0.0), growth.more.get(rank, 0.0))
 
     def _of_ranks(
         self, blame: Blame, growth: Growth, ranks: Sequence[int], sure: float, now: float
@@ -189,9 +204,9 @@ class Slow:
         book, pace = self._book, self._pace
         slots = book.slots_of(ranks)
         node = len(slots) == 1 and len(ranks) > 1
-        each = max(0.0, blame.late.get(ranks[0], 0.0), growth.more.get(ranks[0], 0.0))
+        each = self._each(blame, growth, ranks[0])
         sentence = (
-            f"{words.rank_list(ranks)} keeps the others waiting, by {words.milliseconds(each)} a step{self._why(ranks[0])}; "
+            f"{words.rank_list(ranks)} keeps the others waiting, by {words.milliseconds(each)} a step{self._why(ranks, each)}; "
             f"steps last {pace.severity:.2f} times what they did"
         )
         return words.verdict(
@@ -200,10 +215,12 @@ class Slow:
             evidence=self._rows(blame, growth, ranks),
         )  # fmt: skip
 
-    def _why(self, name: int) -> str:
-        rank = self._book.ranks[name]
+    def _why(self, ranks: Sequence[int], each: float) -> str:
+        rank = self._book.ranks[ranks[0]]
         if rank.throttled - rank.throttled_usually >= self._book.limits.throttled_least:
             return f" (its processor is refused {rank.throttled:.0%} of the time)"
+        if self._queues(ranks, each):
+            return " (its processor is busy with others)"
         return " (it waits for its data)" if rank.phase == Phase.DATA else ""
 
     def _rows(self, blame: Blame, growth: Growth, ranks: Sequence[int]) -> list[Evidence]:

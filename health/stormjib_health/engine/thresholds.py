@@ -98,6 +98,10 @@ class Thresholds:
     """Of the lost time that its grown work must come to. Not more, because most of a step is not timed."""
     throttled_least: float = 0.05
     """Of the time, that the processor must be refused more often than usual."""
+    queued_part: float = 0.5
+    """Of what a rank is late, that it must have waited for a processor longer than the others: that explains it."""
+    queued_s: float = 30.0
+    """So long that may be a burst of other work on its node, which ends by itself; then its node is too busy to keep."""
     rotating_share: float = 0.6
     rotating_steps: int = 24
     """Whose latest rank holds less than this share over so many steps is imbalanced."""

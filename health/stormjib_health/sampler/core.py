@@ -27,6 +27,8 @@ MAX_GROUP_RANKS = 1 << 14
 """Ranks of all groups in one sample, about: the others come with the next."""
 MAX_TIMINGS, MIN_TIMINGS = 32, 4
 """In one sample, shared by its ranks; and of each rank, however many there are."""
+QUEUED_S = 0.001
+"""Every rank waits a little for a processor each time that it wakes: less than this is not told, until it comes to so much."""
 GONE = "X"
 """As the kernel calls the state of a process that is no more."""
 
@@ -48,6 +50,8 @@ class RankReading:
     """The rank's step clock, where there is one beside the ring, and when it was written; 0 for never."""
     throttled_s: float = 0.0
     """Refused to its cgroup so far."""
+    queued_s: float = 0.0
+    """Waited by its main thread for a processor so far."""
     wchan: str = ""
 
 
@@ -75,6 +79,7 @@ class _Rank:
     watch: Watch = field(default_factory=Watch)
     activity: Activity = UNSEEN
     throttled_told: float = 0.0
+    queued_told: float = 0.0
 
 
 class Core:
@@ -128,6 +133,7 @@ class Core:
             rank = self._ranks[said.rank]
             rank.calls.told(said, sample.findings)
             rank.throttled_told += said.throttled_s
+            rank.queued_told += said.queued_s
 
     @property
     def number(self) -> int:
@@ -157,7 +163,7 @@ class Core:
     def _take_rank(self, number: int, one: RankReading, ranks: int, now: float) -> None:
         if number not in self._ranks:
             calls = Calls(number, self._world_size, max(MIN_TIMINGS, MAX_TIMINGS // ranks))
-            self._ranks[number] = _Rank(calls, one, throttled_told=one.throttled_s)
+            self._ranks[number] = _Rank(calls, one, throttled_told=one.throttled_s, queued_told=one.queued_s)
         rank = self._ranks[number]
         rank.last = one
         known = len(rank.calls.groups)
@@ -201,6 +207,7 @@ class Core:
             wchan=last.wchan,
             unread=self._edges.unread[number],
             throttled_s=max(0.0, last.throttled_s - rank.throttled_told),
+            queued_s=_worth_telling(last.queued_s - rank.queued_told),
             calls=calls.calls(self._now_ns),
             timings=calls.timings(),
             lost=calls.lost,
@@ -218,3 +225,7 @@ class Core:
                 found.append(group)
                 room -= len(group.ranks)
         return tuple(found)
+
+
+def _worth_telling(queued_s: float) -> float:
+    return round(queued_s, 4) if queued_s >= QUEUED_S else 0.0

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
     from pathlib import Path
 
-    from stormjib_health.sampler.proc import Stat
     from stormjib_health.sampler.sockets import Socket
     from stormjib_health.wire import Group
 
@@ -122,7 +121,8 @@ class Looker:
 
     def _rank(self, target: Target, suspect: bool) -> RankReading:
         pid = self._pids.get(target.rank, target.pid) if target.pid else 0
-        stat = self._stat(pid) if pid else None
+        file = self._file(pid) if pid else None
+        stat = file.read() if file else None
         batch, groups = self._rings[target.rank].read()
         asleep = stat is not None and (suspect or stat.state in HALTED)
         return RankReading(
@@ -132,13 +132,14 @@ class Looker:
             step=target.step,
             step_ns=target.step_ns,
             throttled_s=self._throttled.get(pid, 0.0),
+            queued_s=file.queued_s() if file else 0.0,
             wchan=read_wchan(pid) if asleep else "",
         )
 
-    def _stat(self, pid: int) -> Stat | None:
+    def _file(self, pid: int) -> StatFile:
         if pid not in self._stats:
             self._stats[pid] = StatFile(pid)
-        return self._stats[pid].read()
+        return self._stats[pid]
 
     def _look_at_sockets(self, *, anew: bool) -> None:
         if anew:

@@ -108,25 +108,44 @@ def parse_stat(line: bytes) -> Stat:
 
 
 class StatFile:
-    """The stat of one process, opened once: opening a file of /proc costs more than reading it, and a number that is
-    used again is never mistaken."""
+    """What the kernel says of one process. Its files are opened once: opening a file of /proc costs more than reading it,
+    and a number that is used again is never mistaken."""
 
     def __init__(self, pid: int) -> None:
-        self._file = -1
-        with suppress(OSError):
-            self._file = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
+        self._stat = _open(f"/proc/{pid}/stat")
+        self._schedule = _open(f"/proc/{pid}/schedstat")
 
     def read(self) -> Stat | None:
         """The process's state now, or None when it is gone."""
         try:
-            return parse_stat(os.pread(self._file, 1024, 0))
+            return parse_stat(os.pread(self._stat, 1024, 0))
         except OSError:
             return None
 
+    def queued_s(self) -> float:
+        """How long its main thread has been ready to run and waited for a processor; 0 where the kernel does not tell."""
+        try:
+            return parse_queued(os.pread(self._schedule, 128, 0))
+        except OSError:
+            return 0.0
+
     def close(self) -> None:
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
+        for file in (self._stat, self._schedule):
+            if file >= 0:
+                os.close(file)
+        self._stat = self._schedule = -1
+
+
+def _open(path: str) -> int:
+    with suppress(OSError):
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    return -1
+
+
+def parse_queued(line: bytes) -> float:
+    """The second number of /proc/PID/schedstat, in seconds; 0 where accounting is switched off."""
+    fields = line.split()
+    return int(fields[1]) * 1e-9 if len(fields) == 3 else 0.0
 
 
 def read_wchan(pid: int) -> str:

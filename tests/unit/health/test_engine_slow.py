@@ -235,19 +235,24 @@ def told(
     blame: Blame | None = None,
     growth: Growth | None = None,
     throttled: dict[int, tuple[float, float]] | None = None,
+    queued: dict[int, float] | None = None,
+    now: float = 1.0,
 ) -> Verdict | None:
-    """What is said of steps that last half as long again, by two ranks in one group. `throttled`: now and usually."""
+    """What is said of steps that last half as long again, by two ranks in one group. `throttled`: now and usually;
+    `queued`: seconds that a rank has waited for a processor."""
     book = Book([Place(0, 0), Place(1, 1)], DEFAULT, 0.0)
     book.groups[7] = Group(7, "default_pg", (0, 1))
-    for rank, (now, usually) in (throttled or {}).items():
-        book.ranks[rank].throttled, book.ranks[rank].throttled_usually = now, usually
+    for rank, (part, usually) in (throttled or {}).items():
+        book.ranks[rank].throttled, book.ranks[rank].throttled_usually = part, usually
+    for rank, seconds in (queued or {}).items():
+        book.ranks[rank].queued.append((0.5, seconds))
     pace: Any = SimpleNamespace(
-        slow=True, above=True, severity=1.5, recent=0.15, excess=0.05, since=0.0, steps_since=8, steps=SimpleNamespace(centre=0.1, ready=False)
+        slow=True, above=True, severity=1.5, recent=0.15, excess=0.05, since=0.25, steps_since=8, steps=SimpleNamespace(centre=0.1, ready=False)
     )  # fmt: skip
     edges: Any = SimpleNamespace(heats=lambda: ([], 2))
     late: Any = SimpleNamespace(blame=lambda since, least: blame or Blame())
     own: Any = SimpleNamespace(growth=lambda since, least: growth or Growth())
-    return Slow(book, edges, pace, late, own, Checks(DEFAULT)).look(1.0)
+    return Slow(book, edges, pace, late, own, Checks(DEFAULT)).look(now)
 
 
 def test_a_rank_whose_processor_is_refused_more_than_usual_is_slow() -> None:
@@ -271,6 +276,26 @@ def test_lateness_must_be_beyond_its_noise(noise: float, named: bool) -> None:
     blame = Blame({0: -0.04, 1: 0.04}, {0: noise**2, 1: noise**2}, {7: Counter({1: 8})}, 0.04)
     found = told(blame=blame)
     assert (found is not None and found.culprits == (1,)) == named
+
+
+@pytest.mark.parametrize(
+    ("queued", "now", "confidence"),
+    [
+        ({}, 1.0, 0.8),
+        ({1: 0.3}, 1.0, 0.5),  # 8 steps, 40 ms late in each: it waited for nearly all of that
+        ({1: 0.1}, 1.0, 0.8),  # for less than half of it
+        ({0: 0.3, 1: 0.3}, 1.0, 0.8),  # so did the other
+        ({1: 0.3}, 31.0, 0.8),  # whose work it is, does not end
+    ],
+)
+def test_a_rank_that_waits_for_a_processor_is_blamed_when_that_lasts(
+    queued: dict[int, float], now: float, confidence: float
+) -> None:
+    blame = Blame({0: -0.04, 1: 0.04}, {0: 1e-6, 1: 1e-6}, {7: Counter({1: 8})}, 0.04)
+    found = told(blame=blame, queued=queued, now=now)
+    assert found is not None
+    assert (found.culprits, found.confidence) == ((1,), confidence)
+    assert ("its processor is busy with others" in found.sentence) == (queued == {1: 0.3})
 
 
 def test_what_a_connection_loses_is_the_time_that_its_bytes_used_not_to_take() -> None:

@@ -66,6 +66,16 @@ def test_a_healthy_sample_says_where_each_rank_is() -> None:
     assert len(sample.edges) == 4
 
 
+def test_waits_for_a_processor_are_told_when_they_come_to_something() -> None:
+    one = core()
+    told = []
+    for number, queued_s in enumerate((7.0, 7.0004, 7.0009, 7.0014, 7.3)):
+        one.take(reading(1000 + 200 * number, queued_s=queued_s))
+        told.append(rank(one.sample()).queued_s)
+        one.accepted()
+    assert told == pytest.approx([0, 0, 0, 0.0014, 0.2986]), "what was before the generation does not count"
+
+
 def test_what_a_coordinator_did_not_take_is_told_again() -> None:
     one = core()
     one.take(reading(1000, groups=(PAIR,), sockets=((0, connection(7)),)))

@@ -18,6 +18,7 @@ from stormjib_health.sampler.proc import (
     below,
     descendants,
     open_sockets,
+    parse_queued,
     parse_stat,
     read_small,
     read_stat,
@@ -116,5 +117,28 @@ def test_where_a_process_sleeps_in_the_kernel() -> None:
     assert file.read() is None
     file.close()
     assert StatFile(child.pid).read() is None
+    assert StatFile(child.pid).queued_s() == 0.0
     assert read_wchan(child.pid) == ""
     assert read_small(f"/proc/{child.pid}/cgroup") == b""
+
+
+def test_the_wait_for_a_processor_is_the_second_number_and_may_not_be_kept() -> None:
+    assert parse_queued(b"9123456789 2500000000 812\n") == 2.5
+    assert parse_queued(b"0\n") == parse_queued(b"") == 0.0
+
+
+def test_two_processes_on_one_processor_wait_for_each_other() -> None:
+    cpu = min(os.sched_getaffinity(0))
+    burn = f"import os\nos.sched_setaffinity(0, {{{cpu}}})\nwhile True: pass"
+    ones = [subprocess.Popen([sys.executable, "-c", burn]) for _ in range(2)]
+    file = StatFile(ones[0].pid)
+    try:
+        deadline = time.monotonic() + 10
+        while file.queued_s() < 0.1:
+            assert time.monotonic() < deadline, "neither waits for the other"
+            time.sleep(0.05)
+    finally:
+        file.close()
+        for one in ones:
+            one.kill()
+            one.wait()
