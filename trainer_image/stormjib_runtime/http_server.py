@@ -202,12 +202,12 @@ class _Reader(asyncio.StreamReader):
 
 
 async def _read_request(reader: asyncio.StreamReader, connection: Connection) -> Request:
-    async with asyncio.timeout(IDLE_S):
+    async with asyncio.timeout(IDLE_S) as limit:
         first, headers = await read_head(reader)
-    method, path, query = _first_line(first)
-    if "expect" in headers:
-        raise Malformed(HTTPStatus.EXPECTATION_FAILED, "send the body without asking")
-    async with asyncio.timeout(READ_S):
+        limit.reschedule(asyncio.get_running_loop().time() + READ_S)
+        method, path, query = _first_line(first)
+        if "expect" in headers:
+            raise Malformed(HTTPStatus.EXPECTATION_FAILED, "send the body without asking")
         body = await read_body(reader, headers, required=method in ("POST", "PUT"))
     return Request(method, path, query, headers, body, connection)
 
@@ -244,5 +244,6 @@ async def _answer(writer: asyncio.StreamWriter, response: Response, *, keep: boo
         f"Connection: {'keep-alive' if keep else 'close'}",
     )
     writer.write(("\r\n".join(head) + "\r\n\r\n").encode("latin-1") + response.body)
-    async with asyncio.timeout(READ_S):
-        await writer.drain()
+    if writer.transport.get_write_buffer_size():  # nearly always the kernel has taken all of it
+        async with asyncio.timeout(READ_S):
+            await writer.drain()

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
     from stormjib_health.wire import Accusation, Verdict
 
-PER_AGENT_S = 0.002
-"""With many agents heartbeats come so much rarer: 1,250 of them send 500 a second together."""
+PER_AGENT_S = 0.003
+"""With many agents heartbeats come so much rarer: 1,250 of them send 333 a second together."""
 
 
 class Refused(Exception):

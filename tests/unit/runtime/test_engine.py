@@ -239,10 +239,10 @@ def test_many_agents_are_asked_for_fewer_heartbeats_and_called_silent_later() ->
     for slot in world.agents:
         world.state = engine.heard(world.state, world.agents[slot].report(), world.now)
     order = order_for(world.state, 1249)
-    assert order.heartbeat_s == pytest.approx(2.5)
+    assert order.heartbeat_s == pytest.approx(3.75)
     last = world.state.agents[1249]
-    assert not last.silent(world.now + 7.4)
-    assert last.silent(world.now + 7.6)
+    assert not last.silent(world.now + 11.2)
+    assert last.silent(world.now + 11.3)
     few = running_world()
     assert order_for(few.state, 0).heartbeat_s == HEARTBEAT_S
     assert few.state.agents[0].silent(few.now + 3.1)
