@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from fakes.runtime import JOB, FakeAgent
 from stormjib_runtime.codec import decode, encode
 from stormjib_runtime.http import Client, RequestFailed, Response, request
+from stormjib_runtime.link import POLL_S
 from stormjib_runtime.wire import HEARTBEAT_S, Bounds, Env, Generation, JobPhase, JobState, Order, Report
 
 if TYPE_CHECKING:
@@ -164,7 +165,7 @@ class HttpAgent:
         while self.fake.alive:
             path = f"/v1/order?slot={self.fake.slot}&agent={self.fake.number}&after={self.fake.version}"
             try:
-                answer = await self._poll_client.request("GET", path, timeout_s=12)
+                answer = await self._poll_client.request("GET", path, timeout_s=POLL_S)
                 self._take(answer)
             except RequestFailed:
                 answer = Response(0)

@@ -45,7 +45,7 @@ UNEASY_S, URGENT_S = 0.1, 0.05
 waiting for its time."""
 LONG_S, SELDOM = 0.005, 10.0
 """A decision that takes longer than the one is taken so many times its length apart."""
-ORDER_POLL_S = 10.0
+ORDER_POLL_S = 30.0
 STATE_POLL_S = HEARTBEAT_S
 SAMPLE_BYTES = 64 * 1024
 """A healthy one has a few hundred bytes; with the stacks of 8 ranks it may have 40 KB."""

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 REPORT_S = 3.0
 """Time limit of a report: a coordinator that is gone behind its Service is left within this."""
-POLL_S = 12.0
-"""Time limit of a long poll: the coordinator answers after 10 s at the latest."""
+POLL_S = 33.0
+"""Time limit of a long poll: the coordinator answers after 30 s at the latest, and a report that fails drops the poll."""
 RETRY_S = 0.25
 MAX_HEARTBEAT_S = 60.0
 
