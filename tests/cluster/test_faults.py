@@ -65,6 +65,7 @@ def test_a_killed_operator_stops_nothing_and_a_rank_killed_meanwhile_is_recovere
         assert killed.stepping_again_s <= 1.5 * SLACK, decisions(scene)
     finally:
         scene.stage.kubectl("scale", "deployment", "stormjib", "-n", SYSTEM, "--replicas=1")
+        wait_until(scene.stage.operator_pods, 60, "the operator to be back")
     faults.settle(scene)
 
 
