@@ -182,10 +182,16 @@ class Slow:
         """The verdict on ranks that a fixed product may clear. It says nothing where the processor is busy with others."""
         ranks, sure = named
         if self._queues(ranks, self._each(blame, growth, ranks[0])):
+            self._forget_product()  # it runs on the busy processor, too
             lasting = now - (self._pace.since or now) >= self._book.limits.queued_s
             return self._of_ranks(blame, growth, ranks, sure if lasting else min(sure, 0.5), now)
         self._ask(ranks, now)
         return self._of_ranks(blame, growth, ranks, sure, now)
+
+    def _forget_product(self) -> None:
+        if self._round is not None:
+            self._checks.drop(self._round)
+            self._round = None
 
     def _queues(self, ranks: Sequence[int], each: float) -> bool:
         """Whether they are late because they wait for a processor, and the others do not."""

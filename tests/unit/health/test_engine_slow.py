@@ -298,6 +298,35 @@ def test_a_rank_that_waits_for_a_processor_is_blamed_when_that_lasts(
     assert ("its processor is busy with others" in found.sentence) == (queued == {1: 0.3})
 
 
+def test_a_product_that_was_asked_for_before_the_processor_was_busy_confirms_nothing() -> None:
+    for queued_s, confidence in ((0.0, 0.95), (0.3, 0.5)):
+        book = Book([Place(0, 0), Place(1, 1)], DEFAULT, 0.0)
+        book.groups[7] = Group(7, "default_pg", (0, 1))
+        pace: Any = SimpleNamespace(
+            slow=True, above=True, severity=1.5, recent=0.15, excess=0.05, since=0.25, steps_since=5, steps=SimpleNamespace(centre=0.1, ready=False)
+        )  # fmt: skip
+        blame = Blame({0: -0.04, 1: 0.04}, {0: 1e-6, 1: 1e-6}, {7: Counter({1: 5})}, 0.04)
+        late: Any = SimpleNamespace(blame=lambda since, least, blame=blame: blame)
+        own: Any = SimpleNamespace(growth=lambda since, least: Growth())
+        checks = Checks(DEFAULT)
+        slow = Slow(book, SimpleNamespace(heats=lambda: ([], 2)), pace, late, own, checks)  # type: ignore[arg-type]
+        hint = slow.look(1.0)
+        assert hint is not None
+        assert hint.confidence == 0.5
+        asks = checks.new()
+        assert {ask.rank for ask in asks} == {0, 1}
+        if queued_s:
+            book.ranks[1].queued.append((1.1, queued_s))
+        pace.steps_since = 6
+        slow.look(1.2)
+        for ask in asks:
+            took_s = 0.2 if ask.rank == 1 else 0.05
+            checks.answered(ask.slot, Answer(ask.id, True, took_s, digest="a", versions="v"))
+        found = slow.look(1.3)
+        assert found is not None
+        assert (found.culprits, found.confidence) == ((1,), confidence)
+
+
 def test_what_a_connection_loses_is_the_time_that_its_bytes_used_not_to_take() -> None:
     edge = Edge(0, "10.0.0.1:1", "10.0.0.2:2", sent=1000, busy_s=0.1, over_s=1.0)
     end = End(edge)
