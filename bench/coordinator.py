@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import resource
+import signal
 import sys
 import tempfile
 import time
@@ -53,6 +54,7 @@ def main(words: Sequence[str] | None = None) -> None:
     options = parser.parse_args(words)
     count = options.agents // 10 if options.quick else options.agents
     _allow_connections(3 * count)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the coordinator must not stay behind
     rows = asyncio.run(measure(count, 1 if options.quick else WINDOWS))
     Console().print(show(rows))
     if options.json:
