@@ -6,7 +6,7 @@ import json
 import signal
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -95,9 +95,12 @@ def test_what_a_cut_node_goes_on_committing_is_neither_loaded_nor_counted(
     scene = start(quiet_stage, namespace, often(sized(1, 1, 1)))
     before = faults.latest(scene)
     victim = scene.member_pods()[0]["spec"]["nodeName"]
+    spare = spare_pod(scene)
     at = time.time()
-    with collected(samples.root(scene), before.generation) as commits:
+    with collected(samples.root(scene), before.generation) as commits, ExitStack() as stopped:
         quiet_stage.cluster.cut(victim)
+        wait_until(lambda: pods.ranks_of(spare), 60, "ranks on the spare", every=0.02)
+        stopped.enter_context(no_commits(spare))
         again = scene.follower.first_step_after(at, 60, newer_than=before.generation)
         resumed = next(r for line, r in samples.events(scene.follower.lines, "resumed") if line.at > at)
         wait_until(
@@ -209,13 +212,32 @@ def claim_folder(stage: Stage, namespace: str) -> Path | None:
 
 
 def often(change: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, Any]], None]:
-    """The job that saves every third step: a zombie has only the time until its successor's first commit."""
+    """The job that saves every third step."""
 
     def changed(job: dict[str, Any]) -> None:
         change(job)
         job["spec"]["checkpoint"]["interval"]["steps"] = 3
 
     return changed
+
+
+def spare_pod(scene: faults.Scene) -> str:
+    """The uid of the slot that waits without ranks."""
+    members = {p["metadata"]["uid"] for p in scene.member_pods()}
+    slots = scene.stage.pods_of(scene.namespace, scene.job, "trainer")
+    return next(p["metadata"]["uid"] for p in slots if p["metadata"]["uid"] not in members)
+
+
+@contextmanager
+def no_commits(uid: str) -> Iterator[None]:
+    """Hold the committer of a pod. Its first commit would delete what the zombie has saved, and so end the zombie:
+    which of the two commits first is anybody's guess on a busy machine."""
+    child = next(p for p in pods.of_pod(uid) if "stormjib_checkpoint.child" in p.command)
+    child.send(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        child.send(signal.SIGCONT)
 
 
 @contextmanager
