@@ -225,7 +225,8 @@ def spare_pod(scene: faults.Scene) -> str:
     """The uid of the slot that waits without ranks."""
     members = {p["metadata"]["uid"] for p in scene.member_pods()}
     slots = scene.stage.pods_of(scene.namespace, scene.job, "trainer")
-    return next(p["metadata"]["uid"] for p in slots if p["metadata"]["uid"] not in members)
+    uid: str = next(p["metadata"]["uid"] for p in slots if p["metadata"]["uid"] not in members)
+    return uid
 
 
 @contextmanager

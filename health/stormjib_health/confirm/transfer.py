@@ -6,6 +6,10 @@ Every agent has a `Server`; `measure` is the client. The bursts go from the clie
     client  greeting with the token of the job     server  K
     client  P                                      server  P                        a ping, at most 20
     client  B and 256 KiB                          server  A after every 16 KiB     a burst, at most 4
+                                                   server  4 bytes, big-endian      microseconds of it that the server was
+                                                                                    ready to run and had no processor
+
+What either end waited for a processor is not the path's, and is taken off: agents share their node with ranks that load data.
 
 Whoever does not know the token gets no byte, and nobody gets more than a few connections, seconds and megabytes.
 """
@@ -23,6 +27,7 @@ import struct
 import time
 from dataclasses import dataclass, field
 
+from stormjib_health.sampler.proc import parse_schedule, read_small
 from stormjib_health.wire import Answer
 
 BURSTS = 4
@@ -40,6 +45,7 @@ GREET_S = 0.5
 CONNECTION_S = 2.0
 _RETRANSMITTED = struct.Struct("=100xI")
 """tcpi_total_retrans of struct tcp_info."""
+_QUEUED_US = struct.Struct("!I")
 _WELCOME, _PING, _BURST, _ARRIVED = b"K", b"P", b"B", b"A"
 _PAYLOAD = _BURST + bytes(range(256)) * (BURST_BYTES // 256)
 
@@ -71,7 +77,7 @@ def parse_address(peer: str) -> tuple[str, int]:
 
 
 def _greeting(token: str) -> bytes:
-    return f"stormjib-measure/1 {token}\n".encode()
+    return f"stormjib-measure/2 {token}\n".encode()
 
 
 # --- the server -----------------------------------------------------------------------------------------------------
@@ -151,11 +157,35 @@ async def _answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) ->
     if command == _PING:
         writer.write(_PING)
     elif command == _BURST:
+        clock = _Clock()
         for _ in range(BURST_BYTES // CHUNK):
             await reader.readexactly(CHUNK)
             writer.write(_ARRIVED)
+        writer.write(_QUEUED_US.pack(min(int(clock.queued_s() * 1e6), 0xFFFFFFFF)))
     else:
         raise _Stranger
+
+
+class _Clock:
+    """Of a stretch of this thread's life: time that passed, time on a processor, time waiting for one."""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+        self._ran, self._queued = _schedule()
+
+    def queued_s(self) -> float:
+        """Ready to run, and no processor was free."""
+        return _schedule()[1] - self._queued
+
+    def path_s(self, peer_queued_s: float = 0.0) -> float:
+        """What is left without both ends' waiting. Never less than the thread ran: both may have waited at once."""
+        passed = time.monotonic() - self._began
+        ran, queued = _schedule()
+        return max(passed - (queued - self._queued) - peer_queued_s, ran - self._ran)
+
+
+def _schedule() -> tuple[float, float]:
+    return parse_schedule(read_small("/proc/thread-self/schedstat"))
 
 
 def _listener() -> socket.socket:
@@ -180,7 +210,7 @@ async def measure(peer: str, token: str, limit_s: float = LIMIT_S) -> Answer:
     """Measure the path to `peer` (`host:port`). Always answers within `limit_s` and LIMIT_S, whatever the peer does.
 
     The answer (its `id` is 0) is `ok` once bytes have arrived: `bytes` of the bursts so far, `seconds` that they would have
-    taken had all been like the median one, `rtt_s` the shortest of the pings: a busy processor spoils one of them, the store of
+    taken had all been like the median one and no end waited for a processor, `rtt_s` the shortest of the pings: a busy processor spoils one of them, the store of
     a rate limiter favours the first, a slow path shows in all. `text` says what was cut off, or why nothing was measured.
     """
     limit_s = max(0.0, min(limit_s, LIMIT_S))
@@ -207,7 +237,7 @@ class _Found:
     doing: str = "connection to"
     pings: list[float] = field(default_factory=list)
     bursts: list[float] = field(default_factory=list)
-    """Seconds of each that arrived."""
+    """Seconds of each that arrived, without what the ends waited for a processor."""
     unfinished_s: float = 0.0
     bytes: int = 0
     again: int = 0
@@ -256,13 +286,14 @@ async def _ping(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, foun
 
 
 async def _burst(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, found: _Found) -> None:
-    begin = time.monotonic()
+    clock = _Clock()
     writer.write(_PAYLOAD)
     try:
         for _ in range(BURST_BYTES // CHUNK):
             await reader.readexactly(1)
             found.bytes += CHUNK
+        (queued_us,) = _QUEUED_US.unpack(await reader.readexactly(_QUEUED_US.size))
     finally:
-        found.unfinished_s = time.monotonic() - begin  # of one that is cut off it counts how far it came
-    found.bursts.append(found.unfinished_s)
+        found.unfinished_s = clock.path_s()  # of one that is cut off it counts how far it came
+    found.bursts.append(clock.path_s(queued_us * 1e-6))
     found.unfinished_s = 0.0

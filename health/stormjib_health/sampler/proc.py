@@ -125,7 +125,7 @@ class StatFile:
     def queued_s(self) -> float:
         """How long its main thread has been ready to run and waited for a processor; 0 where the kernel does not tell."""
         try:
-            return parse_queued(os.pread(self._schedule, 128, 0))
+            return parse_schedule(os.pread(self._schedule, 128, 0))[1]
         except OSError:
             return 0.0
 
@@ -142,10 +142,10 @@ def _open(path: str) -> int:
     return -1
 
 
-def parse_queued(line: bytes) -> float:
-    """The second number of /proc/PID/schedstat, in seconds; 0 where accounting is switched off."""
+def parse_schedule(line: bytes) -> tuple[float, float]:
+    """Seconds on a processor, and ready to run without one, of /proc/PID/schedstat; zeros where accounting is switched off."""
     fields = line.split()
-    return int(fields[1]) * 1e-9 if len(fields) == 3 else 0.0
+    return (int(fields[0]) * 1e-9, int(fields[1]) * 1e-9) if len(fields) == 3 else (0.0, 0.0)
 
 
 def read_wchan(pid: int) -> str:

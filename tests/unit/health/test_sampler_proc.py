@@ -18,7 +18,7 @@ from stormjib_health.sampler.proc import (
     below,
     descendants,
     open_sockets,
-    parse_queued,
+    parse_schedule,
     parse_stat,
     read_small,
     read_stat,
@@ -122,9 +122,9 @@ def test_where_a_process_sleeps_in_the_kernel() -> None:
     assert read_small(f"/proc/{child.pid}/cgroup") == b""
 
 
-def test_the_wait_for_a_processor_is_the_second_number_and_may_not_be_kept() -> None:
-    assert parse_queued(b"9123456789 2500000000 812\n") == 2.5
-    assert parse_queued(b"0\n") == parse_queued(b"") == 0.0
+def test_time_on_a_processor_and_the_wait_for_one_may_not_be_kept() -> None:
+    assert parse_schedule(b"9123456789 2500000000 812\n") == pytest.approx((9.123456789, 2.5))
+    assert parse_schedule(b"0\n") == parse_schedule(b"") == (0.0, 0.0)
 
 
 def test_two_processes_on_one_processor_wait_for_each_other() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import socket
 import time
 from typing import TYPE_CHECKING
@@ -46,7 +47,7 @@ async def connect(server: Server) -> tuple[asyncio.StreamReader, asyncio.StreamW
 
 async def greeted(server: Server) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     reader, writer = await connect(server)
-    writer.write(f"stormjib-measure/1 {TOKEN}\n".encode())
+    writer.write(f"stormjib-measure/2 {TOKEN}\n".encode())
     assert await reader.readexactly(1) == b"K"
     return reader, writer
 
@@ -119,6 +120,44 @@ async def test_a_peer_that_takes_part_of_it_gives_a_partial_answer(
     assert answer.text.endswith(f"49152 of 1048576 bytes, {PINGS} of {PINGS} pings")
 
 
+@pytest.mark.parametrize(("told", "least", "most"), [(0.0, 0.2, 0.4), (0.05, 0.0, 0.1), (4000.0, 0.0, 0.1)])
+async def test_what_the_peer_waited_for_a_processor_is_not_the_paths(
+    server: Server, monkeypatch: pytest.MonkeyPatch, told: float, least: float, most: float
+) -> None:
+    async def late(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if await reader.readexactly(1) == b"P":
+            writer.write(b"P")
+            return
+        await reader.readexactly(BURST_BYTES)
+        await asyncio.sleep(0.05)
+        writer.write(b"A" * (BURST_BYTES // transfer.CHUNK) + int(told * 1e6).to_bytes(4, "big"))
+
+    monkeypatch.setattr(transfer, "_answer", late)
+    answer = await measure(f"127.0.0.1:{server.port}", TOKEN)
+    assert (answer.ok, answer.bytes) == (True, BURSTS * BURST_BYTES)
+    assert least <= answer.seconds < most
+    assert answer.seconds > 0  # the client ran for some time, whatever its peer says
+
+
+async def test_what_the_client_waited_for_a_processor_is_not_the_paths(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every look at the scheduler finds 30 ms more of waiting: also of those that passed meanwhile."""
+    looks = itertools.count()
+    real = transfer._schedule
+
+    def waiting() -> tuple[float, float]:
+        time.sleep(0.03)
+        return real()[0], 0.03 * next(looks)
+
+    monkeypatch.setattr(transfer, "_schedule", waiting)
+    begin = time.monotonic()
+    answer = await measure(f"127.0.0.1:{server.port}", TOKEN)
+    assert time.monotonic() - begin > 4 * 0.06, "the fault fired"
+    assert answer.ok
+    assert answer.seconds < 0.1
+
+
 async def test_another_jobs_agent_gets_nothing(server: Server) -> None:
     answer = await measure(f"127.0.0.1:{server.port}", measuring_token("other"), 1.0)
     assert not answer.ok
@@ -126,11 +165,11 @@ async def test_another_jobs_agent_gets_nothing(server: Server) -> None:
 
 
 HOSTILE = {
-    "no token": f"stormjib-measure/1 {'0' * 64}\n".encode(),
+    "no token": f"stormjib-measure/2 {'0' * 64}\n".encode(),
     "http": b"GET / HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n" + b"y" * 100_000,
     "a line without an end": b"x" * 1_000_000,
     "bytes of all kinds": bytes(range(256)) * 4096,
-    "the token in capitals": f"stormjib-measure/1 {TOKEN.upper()}\n".encode(),
+    "the token in capitals": f"stormjib-measure/2 {TOKEN.upper()}\n".encode(),
     "a bare burst": b"B" + bytes(BURST_BYTES),
 }
 
