@@ -305,7 +305,8 @@ class Answer:
     id: int
     ok: bool
     seconds: float = 0.0
-    """TRANSFER: for the bursts, all like the median one, less what the ends waited for a processor; COMPUTE: for the product, by the clock."""
+    """TRANSFER: for the bursts, all like the median one, less what the ends waited for a processor; COMPUTE: for the product,
+    by the clock."""
     cpu_s: float = 0.0
     """COMPUTE on a CPU: processor time of the product, which neighbours on a shared core lengthen less."""
     bytes: int = 0

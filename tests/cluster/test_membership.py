@@ -6,7 +6,7 @@ import json
 import signal
 import threading
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -97,15 +97,15 @@ def test_what_a_cut_node_goes_on_committing_is_neither_loaded_nor_counted(
     victim = scene.member_pods()[0]["spec"]["nodeName"]
     spare = spare_pod(scene)
     at = time.time()
-    with collected(samples.root(scene), before.generation) as commits, ExitStack() as stopped:
+    with collected(samples.root(scene), before.generation) as commits:
         quiet_stage.cluster.cut(victim)
         wait_until(lambda: pods.ranks_of(spare), 60, "ranks on the spare", every=0.02)
-        stopped.enter_context(no_commits(spare))
-        again = scene.follower.first_step_after(at, 60, newer_than=before.generation)
-        resumed = next(r for line, r in samples.events(scene.follower.lines, "resumed") if line.at > at)
-        wait_until(
-            lambda: sum(step > resumed["step"] for step in list(commits)) >= 2, 60, "two zombie commits"
-        )
+        with no_commits(spare):
+            again = scene.follower.first_step_after(at, 60, newer_than=before.generation)
+            resumed = next(r for line, r in samples.events(scene.follower.lines, "resumed") if line.at > at)
+            wait_until(
+                lambda: sum(step > resumed["step"] for step in list(commits)) >= 2, 60, "two zombie commits"
+            )
     wait_until(lambda: points(scene)[0].generation == again.generation, 60, "a commit of the new generation")
     known = points(scene)
     zombie = [p.step for p in known if p.generation == before.generation and p.step > resumed["step"]]

@@ -80,6 +80,28 @@ def _greeting(token: str) -> bytes:
     return f"stormjib-measure/2 {token}\n".encode()
 
 
+class _Clock:
+    """Of a stretch of this thread's life: time that passed, time on a processor, time waiting for one."""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+        self._ran, self._queued = _schedule()
+
+    def queued_s(self) -> float:
+        """Ready to run, and no processor was free."""
+        return _schedule()[1] - self._queued
+
+    def path_s(self, peer_queued_s: float) -> float:
+        """What is left without both ends' waiting. Never less than the thread ran: both may have waited at once."""
+        passed = time.monotonic() - self._began
+        ran, queued = _schedule()
+        return max(passed - (queued - self._queued) - peer_queued_s, ran - self._ran)
+
+
+def _schedule() -> tuple[float, float]:
+    return parse_schedule(read_small("/proc/thread-self/schedstat"))
+
+
 # --- the server -----------------------------------------------------------------------------------------------------
 
 
@@ -166,28 +188,6 @@ async def _answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) ->
         raise _Stranger
 
 
-class _Clock:
-    """Of a stretch of this thread's life: time that passed, time on a processor, time waiting for one."""
-
-    def __init__(self) -> None:
-        self._began = time.monotonic()
-        self._ran, self._queued = _schedule()
-
-    def queued_s(self) -> float:
-        """Ready to run, and no processor was free."""
-        return _schedule()[1] - self._queued
-
-    def path_s(self, peer_queued_s: float = 0.0) -> float:
-        """What is left without both ends' waiting. Never less than the thread ran: both may have waited at once."""
-        passed = time.monotonic() - self._began
-        ran, queued = _schedule()
-        return max(passed - (queued - self._queued) - peer_queued_s, ran - self._ran)
-
-
-def _schedule() -> tuple[float, float]:
-    return parse_schedule(read_small("/proc/thread-self/schedstat"))
-
-
 def _listener() -> socket.socket:
     listener = _listening()
     # asyncio sets it only where the protocol is said by number. Without it every acknowledgement waits for the one before.
@@ -210,8 +210,9 @@ async def measure(peer: str, token: str, limit_s: float = LIMIT_S) -> Answer:
     """Measure the path to `peer` (`host:port`). Always answers within `limit_s` and LIMIT_S, whatever the peer does.
 
     The answer (its `id` is 0) is `ok` once bytes have arrived: `bytes` of the bursts so far, `seconds` that they would have
-    taken had all been like the median one and no end waited for a processor, `rtt_s` the shortest of the pings: a busy processor spoils one of them, the store of
-    a rate limiter favours the first, a slow path shows in all. `text` says what was cut off, or why nothing was measured.
+    taken had all been like the median one and no end waited for a processor, `rtt_s` the shortest of the pings: a busy
+    processor spoils one of them, the store of a rate limiter favours the first, a slow path shows in all. `text` says what
+    was cut off, or why nothing was measured.
     """
     limit_s = max(0.0, min(limit_s, LIMIT_S))
     found = _Found()
@@ -286,14 +287,14 @@ async def _ping(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, foun
 
 
 async def _burst(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, found: _Found) -> None:
-    clock = _Clock()
+    clock, peer_queued_s = _Clock(), 0.0
     writer.write(_PAYLOAD)
     try:
         for _ in range(BURST_BYTES // CHUNK):
             await reader.readexactly(1)
             found.bytes += CHUNK
-        (queued_us,) = _QUEUED_US.unpack(await reader.readexactly(_QUEUED_US.size))
+        peer_queued_s = _QUEUED_US.unpack(await reader.readexactly(_QUEUED_US.size))[0] * 1e-6
     finally:
-        found.unfinished_s = clock.path_s()  # of one that is cut off it counts how far it came
-    found.bursts.append(clock.path_s(queued_us * 1e-6))
+        found.unfinished_s = clock.path_s(peer_queued_s)  # of one that is cut off it counts how far it came
+    found.bursts.append(found.unfinished_s)
     found.unfinished_s = 0.0

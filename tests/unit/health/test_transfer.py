@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import os
 import socket
+import subprocess
+import sys
 import time
 from typing import TYPE_CHECKING
 
@@ -120,7 +123,7 @@ async def test_a_peer_that_takes_part_of_it_gives_a_partial_answer(
     assert answer.text.endswith(f"49152 of 1048576 bytes, {PINGS} of {PINGS} pings")
 
 
-@pytest.mark.parametrize(("told", "least", "most"), [(0.0, 0.2, 0.4), (0.05, 0.0, 0.1), (4000.0, 0.0, 0.1)])
+@pytest.mark.parametrize(("told", "least", "most"), [(0.0, 0.2, 1.0), (0.05, 0.0, 0.1), (4000.0, 0.0, 0.1)])
 async def test_what_the_peer_waited_for_a_processor_is_not_the_paths(
     server: Server, monkeypatch: pytest.MonkeyPatch, told: float, least: float, most: float
 ) -> None:
@@ -156,6 +159,36 @@ async def test_what_the_client_waited_for_a_processor_is_not_the_paths(
     assert time.monotonic() - begin > 4 * 0.06, "the fault fired"
     assert answer.ok
     assert answer.seconds < 0.1
+
+
+async def test_the_server_tells_what_it_waited_for_a_processor(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits = iter((7.0, 7.25))
+    monkeypatch.setattr(transfer, "_schedule", lambda: (0.0, next(waits)))
+    reader, writer = await greeted(server)
+    writer.write(b"B" + bytes(BURST_BYTES))
+    assert await reader.readexactly(BURST_BYTES // transfer.CHUNK) == b"A" * (BURST_BYTES // transfer.CHUNK)
+    assert int.from_bytes(await reader.readexactly(4), "big") == 250_000
+    writer.transport.abort()
+
+
+def test_beside_a_busy_process_this_thread_waits() -> None:
+    allowed = os.sched_getaffinity(0)
+    cpu = min(allowed)
+    burn = f"import os\nos.sched_setaffinity(0, {{{cpu}}})\nwhile True: pass"
+    other = subprocess.Popen([sys.executable, "-c", burn])
+    try:
+        os.sched_setaffinity(0, {cpu})
+        clock, deadline = transfer._Clock(), time.monotonic() + 10
+        while clock.queued_s() < 0.05:
+            assert time.monotonic() < deadline, "nothing competes with it"
+        began = clock._began
+        assert clock.path_s(0.0) <= time.monotonic() - began - 0.05
+    finally:
+        os.sched_setaffinity(0, allowed)
+        other.kill()
+        other.wait()
 
 
 async def test_another_jobs_agent_gets_nothing(server: Server) -> None:
