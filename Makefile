@@ -61,6 +61,7 @@ bench: setup      ## every benchmark, tables on the terminal
 	$(PY) -m bench.health_integrity --quick
 	$(PY) -m bench.coordinator --quick
 	$(PY) -m bench.isolation --quick
+	$(PY) -m bench.bursts --quick
 
 lock: setup       ## write requirements/*.txt anew
 	$(BIN)/uv pip compile pyproject.toml --extra demo --group lint --universal --python-version 3.11 \
