@@ -153,9 +153,10 @@ class Eye:
             for body in self._bodies:
                 with suppress(RequestFailed):
                     answer = await self._client.request("POST", "/v1/sample", body=body, timeout_s=3)
-                    if answer.status == 200:
-                        self.sent += 1
-                        interval = unpack(Wish, answer.body).interval_s
+                    if answer.status != 200:
+                        sys.exit(f"bench.coordinator: a sample is refused: {answer.status} {answer.body!r}")
+                    self.sent += 1
+                    interval = unpack(Wish, answer.body).interval_s
                 await asyncio.sleep(interval)
         finally:
             self._client.close()

@@ -9,6 +9,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
+from functools import cached_property
+from itertools import chain, repeat
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
 
 # --- what a rank records --------------------------------------------------------------------------------------------
 
@@ -64,14 +70,56 @@ class Phase(IntEnum):
 
 
 @dataclass(frozen=True)
+class Span:
+    """Ranks at equal distance. Groups are rows and columns of a mesh, so one span tells of nearly every group all its ranks."""
+
+    first: int
+    count: int = 1
+    step: int = 1
+
+    @property
+    def ranks(self) -> Iterable[int]:
+        """Each of them."""
+        if not self.step:
+            return repeat(self.first, self.count)
+        return range(self.first, self.first + self.count * self.step, self.step)
+
+
+@dataclass(frozen=True)
 class Group:
     """One process group. `key` is equal on all its ranks, and of no other group of the same generation."""
 
     key: int
     """48 bits of a hash of name, ranks and how many groups of that name and these ranks came before it."""
     name: str
-    ranks: tuple[int, ...]
-    """Global ranks, in the order of the group."""
+    spans: tuple[Span, ...]
+
+    @classmethod
+    def of(cls, key: int, name: str, ranks: Sequence[int]) -> Group:
+        """The group of these ranks; the same spans for the same ranks."""
+        return cls(key, name, tuple(_spans(ranks)))
+
+    @property
+    def size(self) -> int:
+        """How many ranks there are, without making a list of them."""
+        return sum(span.count for span in self.spans)
+
+    @cached_property
+    def ranks(self) -> tuple[int, ...]:
+        """Global ranks, in the order of the group. What somebody else says may be so long that `size` should be asked first."""
+        return tuple(chain.from_iterable(span.ranks for span in self.spans))
+
+
+def _spans(ranks: Sequence[int]) -> Iterable[Span]:
+    """The first span as long as it can be, then the next."""
+    start = 0
+    while start < len(ranks):
+        end = start + 1
+        step = ranks[end] - ranks[start] if end < len(ranks) else 1
+        while end < len(ranks) and ranks[end] - ranks[end - 1] == step:
+            end += 1
+        yield Span(ranks[start], end - start, step)
+        start = end
 
 
 # --- agent -> coordinator -------------------------------------------------------------------------------------------

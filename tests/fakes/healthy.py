@@ -26,8 +26,8 @@ START_MS = 3_000_000.0
 EVERYBODY = tuple(range(RANKS))
 NOISE = random.Random(7)
 GROUPS = (
-    Group(group_key("default_pg", EVERYBODY, 0), "default_pg", EVERYBODY),
-    Group(group_key("mesh_dp", EVERYBODY, 0), "mesh_dp", EVERYBODY),
+    Group.of(group_key("default_pg", EVERYBODY, 0), "default_pg", EVERYBODY),
+    Group.of(group_key("mesh_dp", EVERYBODY, 0), "mesh_dp", EVERYBODY),
 )
 
 

@@ -198,7 +198,7 @@ class Trace:
         return [self._ring(name, ranks, axis * 100_000 + i + 1) for i, ranks in enumerate(lists)]
 
     def _ring(self, name: str, ranks: list[int], key: int) -> Ring:
-        ring = Ring(Group(key, name, tuple(ranks)), number=dict.fromkeys(ranks, 0))
+        ring = Ring(Group.of(key, name, tuple(ranks)), number=dict.fromkeys(ranks, 0))
         for i, rank in enumerate(ranks):
             before = ranks[i - 1]
             if len(ranks) == 1:

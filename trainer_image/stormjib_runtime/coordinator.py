@@ -47,8 +47,8 @@ LONG_S, SELDOM = 0.005, 10.0
 """A decision that takes longer than the one is taken so many times its length apart."""
 ORDER_POLL_S = 30.0
 STATE_POLL_S = HEARTBEAT_S
-SAMPLE_BYTES = 64 * 1024
-"""A healthy one has a few hundred bytes; with the stacks of 8 ranks it may have 40 KB."""
+SAMPLE_BYTES = 256 * 1024
+"""A healthy one has a few hundred bytes. The stacks of 8 ranks may have 40 KB, and a group of 16,000 ranks in no order 200."""
 
 T = TypeVar("T")
 

@@ -152,7 +152,7 @@ class Book:
             raise Malformed(f"slot is {sample.slot}; this generation has {len(self.slots)} other ones")
         if (sample.agent, sample.number) <= slot.number:
             return False
-        check(sample, slot.ranks, self.slot_of)
+        check(sample, slot.ranks, self.slot_of, self.groups)
         self._learn_groups(sample.groups)
         self._hear(slot, sample, now)
         for seen in sample.ranks:
@@ -175,12 +175,12 @@ class Book:
     def _learn_groups(self, groups: Iterable[Group]) -> None:
         for group in groups:
             known = self.groups.get(group.key)
-            if known is not None and known.ranks != group.ranks:
+            if known is not None and known.spans != group.spans and known.ranks != group.ranks:
                 raise Malformed(f"group {group.key} has other ranks than another agent says of it")
             if known is None:
-                self._members += len(group.ranks)
+                self._members += group.size
                 if self._members > MEMBERSHIPS * len(self.ranks):
-                    self._members -= len(group.ranks)
+                    self._members -= group.size
                     raise Malformed(
                         f"groups have more than {MEMBERSHIPS} members for each rank of the generation"
                     )
@@ -196,7 +196,8 @@ class Book:
             rank.calls[call.group] = Standing(call, now - call.age_s)
             if not call.done and rank.phase not in PATIENT:
                 self.peak = max(self.peak, self.waited(rank, rank.calls[call.group]))
-        slot.unknown.difference_update(self.groups)
+        if slot.unknown:
+            slot.unknown.difference_update(self.groups)
 
     def _advance_without_steps(self, now: float) -> None:
         if self.top_step < 0:

@@ -28,8 +28,11 @@ MEMBERSHIPS = 256
 STATES = frozenset("RSDTtZXIKWP")
 
 
-def check(sample: Sample, seats: Collection[int], slots: Mapping[int, int]) -> None:
-    """Raise Malformed where `sample` cannot be true. `seats`: ranks of its slot; `slots`: slot of every rank."""
+def check(
+    sample: Sample, seats: Collection[int], slots: Mapping[int, int], known: Mapping[int, Group]
+) -> None:
+    """Raise Malformed where `sample` cannot be true. `seats`: ranks of its slot; `slots`: slot of every rank; `known`: the groups
+    that another agent has told of already, by key."""
     _seconds("over_s", sample.over_s)
     _at_most("edges", sample.edges, EDGES)
     _at_most("ranks", sample.ranks, len(seats))
@@ -40,7 +43,8 @@ def check(sample: Sample, seats: Collection[int], slots: Mapping[int, int]) -> N
         _seat(edge.rank, seats, sample.slot)
         _check_edge(edge)
     for group in sample.groups:
-        _check_group(group, slots)
+        if known.get(group.key) != group:  # else another agent has said the same, of thousands of ranks
+            _check_group(group, slots)
     _at_most("findings", sample.findings, FINDINGS)
     for finding in sample.findings:
         _seat(finding.rank, seats, sample.slot)
@@ -126,10 +130,10 @@ def _check_edge(edge: Edge) -> None:
 
 def _check_group(group: Group, slots: Mapping[int, int]) -> None:
     _at_most("name", group.name, 256)
-    if len(group.ranks) > len(slots) or len(set(group.ranks)) != len(group.ranks):
-        raise Malformed(
-            f"group {group.key} lists {len(group.ranks)} ranks; each of {len(slots)} may be in it once"
-        )
+    if min((span.count for span in group.spans), default=0) < 1:
+        raise Malformed(f"group {group.key} has an empty span, or none")
+    if group.size > len(slots) or len(set(group.ranks)) != group.size:
+        raise Malformed(f"group {group.key} lists {group.size} ranks; each of {len(slots)} may be in it once")
     strange = next((rank for rank in group.ranks if rank not in slots), None)
     if strange is not None:
         raise Malformed(f"group {group.key} has rank {strange}; this generation has none of that number")

@@ -92,9 +92,9 @@ class Late:
         for timing in timings:
             group = groups.get(timing.group)
             if group is None:
-                if timing.group not in known or len(known[timing.group].ranks) < 2:
+                if timing.group not in known or known[timing.group].size < 2:
                     continue
-                group = groups[timing.group] = _Group(len(known[timing.group].ranks))
+                group = groups[timing.group] = _Group(known[timing.group].size)
             ends = group.open.get(timing.number)
             if ends is None:
                 if timing.number <= group.newest - OPEN:

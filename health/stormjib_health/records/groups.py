@@ -109,4 +109,4 @@ def _group(line: bytes) -> Group | None:
         return None
     if not isinstance(ranks, list) or not all(type(rank) is int and 0 <= rank < MAX_RANK for rank in ranks):
         return None
-    return Group(key, name, tuple(ranks)) if ranks and len(set(ranks)) == len(ranks) else None
+    return Group.of(key, name, ranks) if ranks and len(set(ranks)) == len(ranks) else None

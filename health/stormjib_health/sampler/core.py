@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 DEVICE_S = 1.0
 """A wait for a device (state D) is suspicious from this age on."""
-MAX_GROUP_RANKS = 1 << 14
-"""Ranks of all groups in one sample, about: the others come with the next."""
+MAX_SPANS = 1 << 11
+"""Of all groups in one sample, about: the others come with the next."""
 MAX_TIMINGS, MIN_TIMINGS = 32, 4
 """In one sample, shared by its ranks; and of each rank, however many there are."""
 QUEUED_S = 0.001
@@ -219,11 +219,11 @@ class Core:
     def _new_groups(self) -> tuple[Group, ...]:
         """Those that the coordinator has not, as many as fit; the others come with the next sample."""
         found: list[Group] = []
-        room = MAX_GROUP_RANKS
+        room = MAX_SPANS
         for key, group in self._groups.items():
             if key not in self._known and (room > 0 or not found):
                 found.append(group)
-                room -= len(group.ranks)
+                room -= len(group.spans)
         return tuple(found)
 
 

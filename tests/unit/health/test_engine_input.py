@@ -8,7 +8,7 @@ import pytest
 
 from stormjib_health.engine import Engine, Malformed, Place
 from stormjib_health.engine.check import MEMBERSHIPS
-from stormjib_health.wire import Answer, Call, Edge, Group, RankSample, Sample, Stack, Timing, Verdict
+from stormjib_health.wire import Answer, Call, Edge, Group, RankSample, Sample, Span, Stack, Timing, Verdict
 
 GOOD = Sample(1, "u", 1, 0, "1.1", 1, 0.2, ranks=(RankSample(1),))
 
@@ -43,8 +43,12 @@ def ranked(**changes: object) -> Sample:
         (replace(GOOD, edges=(Edge(0, "a:1", "b:1"),)), "rank is 0"),
         (replace(GOOD, edges=(Edge(1, "a" * 100, "b:1"),)), "address of 100"),
         (replace(GOOD, edges=(Edge(1, "a:1", "b:1", sent=-5),)), "a:1 to b:1"),
-        (replace(GOOD, groups=(Group(1, "g", (0, 5)),)), "rank 5"),
-        (replace(GOOD, groups=(Group(1, "g", (0, 0)),)), "each of 2 may be in it once"),
+        (replace(GOOD, groups=(Group.of(1, "g", (0, 5)),)), "rank 5"),
+        (replace(GOOD, groups=(Group.of(1, "g", (0, 0)),)), "each of 2 may be in it once"),
+        (replace(GOOD, groups=(Group.of(1, "g", ()),)), "an empty span, or none"),
+        (replace(GOOD, groups=(Group(1, "g", (Span(0, 2), Span(1, 0))),)), "an empty span, or none"),
+        (replace(GOOD, groups=(Group(1, "g", (Span(0, 1 << 62),)),)), "lists 4611686018427387904 ranks"),
+        (replace(GOOD, groups=(Group(1, "g", (Span(0, 2, -1),)),)), "rank -1"),
         (replace(GOOD, stacks=(Stack(0, "x"),)), "rank is 0"),
         (replace(GOOD, stacks=(Stack(1, "x" * 10_000),)), "stack holds 10000"),
     ],
@@ -55,10 +59,10 @@ def test_what_cannot_be_true_is_refused_by_name(engine: Engine, sample: Sample, 
 
 
 def test_groups_may_not_change_their_members_nor_be_without_end(engine: Engine) -> None:
-    engine.observe(replace(GOOD, groups=(Group(1, "g", (0, 1)),)), 1.0)
+    engine.observe(replace(GOOD, groups=(Group.of(1, "g", (0, 1)),)), 1.0)
     with pytest.raises(Malformed, match="other ranks"):
-        engine.observe(replace(GOOD, number=2, groups=(Group(1, "g", (1, 0)),)), 1.1)
-    many = tuple(Group(k, "g", (0,)) for k in range(2, 2 * MEMBERSHIPS + 5))
+        engine.observe(replace(GOOD, number=2, groups=(Group.of(1, "g", (1, 0)),)), 1.1)
+    many = tuple(Group.of(k, "g", (0,)) for k in range(2, 2 * MEMBERSHIPS + 5))
     with pytest.raises(Malformed, match="more than"):
         engine.observe(replace(GOOD, number=3, groups=many), 1.2)
     engine.observe(replace(GOOD, number=4), 1.3)
@@ -84,13 +88,13 @@ def test_unknown_groups_are_asked_for(engine: Engine) -> None:
     engine.observe(ranked(calls=(Call(5, 1),)), 1.0)
     assert engine.lacks_groups(1)
     assert not engine.lacks_groups(0)
-    engine.observe(replace(GOOD, number=2, groups=(Group(5, "g", (0, 1)),)), 1.1)
+    engine.observe(replace(GOOD, number=2, groups=(Group.of(5, "g", (0, 1)),)), 1.1)
     assert not engine.lacks_groups(1)
     assert not engine.lacks_groups(99)
 
 
 def test_a_rank_that_claims_to_be_far_ahead_names_nobody_while_the_others_step(engine: Engine) -> None:
-    group = Group(5, "g", (0, 1))
+    group = Group.of(5, "g", (0, 1))
     told: list[Verdict] = []
     for number in range(1, 200):
         now = number * 0.2

@@ -94,7 +94,7 @@ def sample(slot: int, number: int, rank: RankSample, group: Group) -> Sample:
 
 def drive(first: RankSample, second: RankSample, seconds: float, warm: int = 60) -> list[Syndrome]:
     """Two ranks step `warm` times and then stand as given, their ages growing."""
-    engine, group = engine_of_two(), Group(7, "default_pg", (0, 1))
+    engine, group = engine_of_two(), Group.of(7, "default_pg", (0, 1))
     told, now = [], 0.0
     for number in range(warm):
         now += 0.2

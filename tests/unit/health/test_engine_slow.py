@@ -86,7 +86,7 @@ def test_a_message_and_a_collective_that_wait_for_each_other_are_the_programs_fa
     pace = paced(*(0.1,) * 40)
     book, now = pace._book, 45.0
     hang = Hang(book, Edges(book.slot_of, DEFAULT), pace, Checks(DEFAULT))
-    book.groups[7] = Group(7, "pipeline", (0, 1))
+    book.groups[7] = Group.of(7, "pipeline", (0, 1))
     in_pair = int(
         kind is Kind.RECV
     )  # the rank that stands in the message; the other has gone on to the collective
@@ -241,7 +241,7 @@ def told(
     """What is said of steps that last half as long again, by two ranks in one group. `throttled`: now and usually;
     `queued`: seconds that a rank has waited for a processor."""
     book = Book([Place(0, 0), Place(1, 1)], DEFAULT, 0.0)
-    book.groups[7] = Group(7, "default_pg", (0, 1))
+    book.groups[7] = Group.of(7, "default_pg", (0, 1))
     for rank, (part, usually) in (throttled or {}).items():
         book.ranks[rank].throttled, book.ranks[rank].throttled_usually = part, usually
     for rank, seconds in (queued or {}).items():
@@ -301,7 +301,7 @@ def test_a_rank_that_waits_for_a_processor_is_blamed_when_that_lasts(
 def test_a_product_that_was_asked_for_before_the_processor_was_busy_confirms_nothing() -> None:
     for queued_s, confidence in ((0.0, 0.95), (0.3, 0.5)):
         book = Book([Place(0, 0), Place(1, 1)], DEFAULT, 0.0)
-        book.groups[7] = Group(7, "default_pg", (0, 1))
+        book.groups[7] = Group.of(7, "default_pg", (0, 1))
         pace: Any = SimpleNamespace(
             slow=True, above=True, severity=1.5, recent=0.15, excess=0.05, since=0.25, steps_since=5, steps=SimpleNamespace(centre=0.1, ready=False)
         )  # fmt: skip

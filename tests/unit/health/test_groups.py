@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from stormjib_health.records import groups
 from stormjib_health.records.groups import GroupsReader, GroupsWriter, group_key, groups_path
 from stormjib_health.records.layout import MAX_GROUPS, MAX_RANK
-from stormjib_health.wire import Group
+from stormjib_health.wire import Group, Span
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,7 +28,7 @@ def test_groups_come_out_once_and_in_order(tmp_path: Path) -> None:
     assert writer.add("dp", (1,)) == 1
     assert [group.name for group in reader.read()] == ["dp"]
     assert reader.read() == ()
-    assert reader.group(1) == Group(group_key("dp", (1,), 0), "dp", (1,))
+    assert reader.group(1) == Group.of(group_key("dp", (1,), 0), "dp", (1,))
     assert reader.group(2) is None
 
 
@@ -53,7 +53,7 @@ def test_a_line_that_is_not_whole_yet_is_read_later(tmp_path: Path) -> None:
     reader = GroupsReader(path)
     assert reader.read() == ()
     path.write_bytes(line)
-    assert reader.read() == (Group(5, "dp", (0, 1)),)
+    assert reader.read() == (Group.of(5, "dp", (0, 1)),)
 
 
 def test_a_bad_line_takes_its_index_so_that_the_others_keep_theirs(tmp_path: Path) -> None:
@@ -100,3 +100,21 @@ def test_garbage_never_breaks_the_reader_and_gives_bounded_values(
         assert type(group.name) is str
         assert group.ranks
         assert all(0 <= rank < MAX_RANK for rank in group.ranks)
+
+
+@given(st.lists(st.integers(0, 12), max_size=12) | st.lists(st.integers(0, MAX_RANK - 1), max_size=12))
+def test_spans_say_all_ranks_in_their_order_and_the_same_ones_for_the_same_ranks(ranks: list[int]) -> None:
+    group = Group.of(7, "g", ranks)
+    assert group.ranks == tuple(ranks)
+    assert group.size == len(ranks)
+    assert len(group.spans) <= (len(ranks) + 1) // 2
+    assert Group.of(7, "g", group.ranks) == group
+
+
+def test_rows_and_columns_of_a_mesh_are_one_span() -> None:
+    mesh = [range(10_000), range(8, 16), range(3, 10_000, 8)]
+    assert [Group.of(7, "g", ranks).spans for ranks in mesh] == [
+        (Span(0, 10_000),),
+        (Span(8, 8),),
+        (Span(3, 1250, 8),),
+    ]

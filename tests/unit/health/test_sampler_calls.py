@@ -19,7 +19,7 @@ from stormjib_health.sampler.calls import (
 )
 from stormjib_health.wire import Call, Doubt, Finding, Group, Kind, Pair, Phase, RankSample, Timing
 
-ALL, PAIR = Group(77, "default_pg", (0, 1)), Group(78, "pp", (0, 1))
+ALL, PAIR = Group.of(77, "default_pg", (0, 1)), Group.of(78, "pp", (0, 1))
 
 
 def story(rank: int = 0) -> Calls:
@@ -121,7 +121,8 @@ def test_a_call_of_a_group_whose_line_has_not_come_waits_for_it() -> None:
 
 
 @pytest.mark.parametrize(
-    "group", [None, Group(5, "x", (0, 2)), Group(5, "x", (1,)), Group(5, "x", tuple(range(1, 20_000)))]
+    "group",
+    [None, Group.of(5, "x", (0, 2)), Group.of(5, "x", (1,)), Group.of(5, "x", tuple(range(1, 20_000)))],
 )
 def test_a_group_that_its_rank_cannot_be_in_is_not_told(group: Group | None) -> None:
     calls = Calls(0, world_size=2)
@@ -255,7 +256,7 @@ anything = st.one_of(
 @given(st.lists(st.lists(anything, max_size=40), max_size=6), st.integers(0, 1 << 50))
 def test_whatever_a_rank_writes_what_is_told_is_bounded(batches: list[list[object]], now_ns: int) -> None:
     calls = Calls(0, world_size=2)
-    calls.take(batch(), [Group(index, "g", (0, 1)) for index in range(1024)])
+    calls.take(batch(), [Group.of(index, "g", (0, 1)) for index in range(1024)])
     for records in batches:
         calls.take(batch(*records, lost=3))  # type: ignore[arg-type]
         calls.waits(now_ns)

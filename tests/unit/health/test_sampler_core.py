@@ -9,16 +9,17 @@ import pytest
 from fakes.healthy import GROUPS, readings
 from fakes.readings import MS, batch, call, connection, phase, stat, step
 from stormjib_health.records.ring import State
-from stormjib_health.sampler.core import MAX_GROUP_RANKS, Core, RankReading, Reading
+from stormjib_health.sampler.core import MAX_SPANS, Core, RankReading, Reading
 from stormjib_health.sampler.proc import Stat
 from stormjib_health.wire import Doubt, Finding, Group, Phase, RankSample, Sample
 from stormjib_runtime import codec
+from stormjib_runtime.coordinator import SAMPLE_BYTES
 
 if TYPE_CHECKING:
     from stormjib_health.sampler.sockets import Socket
 
 BLANK = Sample(1, "0b2f7f3e-6c3e-4a55-9a4e-0242ac120002", 3, 1, "2.7", 40, 0.0)
-PAIR = Group(77, "default_pg", (0, 1))
+PAIR = Group.of(77, "default_pg", (0, 1))
 
 
 def reading(at_ms: float, *, sockets: tuple[tuple[int, Socket], ...] = (), **fields: object) -> Reading:
@@ -188,13 +189,13 @@ def test_a_doubt_is_told_at_once_and_once() -> None:
 
 
 def test_many_large_groups_come_one_sample_after_the_other() -> None:
-    ranks = tuple(range(4000))
-    large = tuple(Group(key, "large", ranks) for key in range(20))
-    one = Core(BLANK, world_size=4000)
+    ranks = tuple((i * i - 1) % 4001 for i in range(1, 1001))  # in no order
+    large = tuple(Group.of(key, "large", ranks) for key in range(20))
+    one = Core(BLANK, world_size=4001)
     one.take(reading(1000, groups=large))
     seen: list[Group] = []
     while groups := one.sample().groups:
-        assert sum(len(group.ranks) for group in groups) <= MAX_GROUP_RANKS + len(ranks)
+        assert sum(len(group.spans) for group in groups) <= MAX_SPANS + len(ranks)
         seen += groups
         one.accepted()
     assert seen == list(large)
@@ -208,3 +209,19 @@ def test_a_rank_that_computes_is_not_idle_and_one_that_does_not_is() -> None:
     for at in range(3200, 5001, 200):
         one.take(reading(at, stat=Stat(9, "R", 1, at)))
     assert rank(one.sample()).idle_s == 0
+
+
+@pytest.mark.parametrize(("step", "limit"), [(1, 2048), (4999, SAMPLE_BYTES)])
+def test_what_names_all_groups_of_ten_thousand_ranks_is_taken(step: int, limit: int) -> None:
+    """In the order of a mesh they need next to nothing; in none at all they still come through."""
+    everybody = [i * step % 10_000 for i in range(10_000)]
+    order = everybody if step == 1 else sorted(everybody, key=lambda rank: rank * rank % 9973)
+    groups = [Group.of(key, "dp", order[key % 8 :: 8]) for key in range(1, 9)]
+    one = Core(BLANK, world_size=10_000)
+    one.take(reading(1000, groups=[Group.of(0, "default_pg", order), *(g for g in groups if 0 in g.ranks)]))
+    heard: set[int] = set()
+    while groups_told := (said := one.sample()).groups:
+        assert codec.unpack(Sample, codec.pack(said), limit=limit) is not None
+        heard |= {group.key for group in groups_told}
+        one.accepted()
+    assert len(heard) == 2

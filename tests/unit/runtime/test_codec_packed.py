@@ -75,7 +75,7 @@ def test_every_kind_of_field_comes_back() -> None:
     for record in (
         world.agents[0].report(),
         world.job(),
-        Sample(1, "j", 0, 1, "1.1", 5, 0.2, groups=(Group(7, "dp", (0, 1)),)),
+        Sample(1, "j", 0, 1, "1.1", 5, 0.2, groups=(Group.of(7, "dp", (0, 1)),)),
     ):
         assert unpack(type(record), pack(record)) == record
 

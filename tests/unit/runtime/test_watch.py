@@ -14,7 +14,7 @@ from stormjib_runtime.state import Refused
 from stormjib_runtime.watch import PACE, Watch
 from stormjib_runtime.wire import PROTOCOL
 
-GROUP = Group(7, "default_pg", (0, 1, 2, 3))
+GROUP = Group.of(7, "default_pg", (0, 1, 2, 3))
 
 
 class Watched:
