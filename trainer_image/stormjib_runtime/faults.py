@@ -70,19 +70,12 @@ def preparing(state: State, since: float, now: float) -> Fault | None:
     )
 
 
-def _speaking(state: State) -> Iterator[tuple[Member, Agent]]:
-    """Members whose report is about this generation."""
-    for member, agent in state.seated:
-        if agent is not None and state.generation is not None and agent.runs(state.generation):
-            yield member, agent
-
-
 # --- exits ----------------------------------------------------------------------------------------------------------
 
 
 def _bad_exits(state: State, stage: Running) -> Iterator[tuple[Member, Agent, RankState, int]]:
-    for member, agent in _speaking(state):
-        for rank in agent.report.ranks:
+    for member, agent in state.speaking:
+        for rank in agent.report.ended:
             if rank.exit and rank.exit != EXIT_ROLL_BACK and not _as_asked(stage, agent, rank):
                 yield member, agent, rank, rank.exit
 
@@ -100,8 +93,8 @@ def _resume_failed(state: State, stage: Running) -> Fault | None:
     """A point refused once is not refused twice: offered again, it is an exit like any other."""
     if stage.resume is None or stage.resume.digest in state.refused:
         return None
-    for member, agent in _speaking(state):
-        for rank in agent.report.ranks:
+    for member, agent in state.speaking:
+        for rank in agent.report.ended:
             if rank.exit == EXIT_RESUME_FAILED:
                 said = f"step {stage.resume.step} of {stage.resume.generation} could not be loaded"
                 return Fault(Cause.RESUME_OLDER, member.slot, rank.rank, message(said, rank.last_lines))
@@ -111,8 +104,8 @@ def _resume_failed(state: State, stage: Running) -> Fault | None:
 def _rolled_back(state: State, now: float) -> Fault | None:
     """The ranks have ended because their numbers are in doubt. What they found comes with a sample, not with the exit:
     nothing is lost by waiting for it, and a node may have to stay out."""
-    for member, agent in _speaking(state):
-        for rank in agent.report.ranks:
+    for member, agent in state.speaking:
+        for rank in agent.report.ended:
             if rank.exit != EXIT_ROLL_BACK:
                 continue
             found = next((one for one in reversed(state.verdicts) if _of_corruption(state, one)), None)
@@ -141,7 +134,7 @@ def _culprit(state: State, exits: list[tuple[Member, Agent, RankState, int]], no
     member, by, rank, code = min(
         exits, key=lambda one: (_lost_a_peer(one[2]), one[3] > 0, one[1].heard, one[2].rank)
     )
-    if _lost_a_peer(rank) and now - by.heard < ROOT_S and hang.ranks(state, now):
+    if _lost_a_peer(rank) and now - by.heard < ROOT_S and any(hang.ranks(state, now)):
         return None  # while others live
     return Fault(Cause.RANK_EXIT, member.slot, rank.rank, message(f"exit {code}", rank.last_lines))
 
@@ -167,7 +160,7 @@ def _container_lost(state: State, now: float) -> Fault | None:
     for member, agent in state.seated:
         if agent is None or agent.lost_at is None or agent.report.leaving or now - agent.lost_at < CONFIRM_S:
             continue
-        others = [one for one in hang.ranks(state, now) if one[0] != member.slot]
+        others = (one for one in hang.ranks(state, now) if one[0] != member.slot)
         if hang.stopped(others) or not hang.advanced_since(state, agent.lost_at, member.slot):
             return _container(member)
     return None
@@ -223,7 +216,7 @@ def _silent_before_start(state: State, now: float) -> Fault | None:
 
 
 def _failed(state: State) -> Fault | None:
-    for member, agent in _speaking(state):
+    for member, agent in state.speaking:
         if agent.report.phase is AgentPhase.FAILED:
             return Fault(
                 Cause.PREPARE_FAILED, member.slot, None, message(agent.report.error or "no reason given")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from stormjib_runtime.wire import HEARTBEAT_S, Bounds, Cause, Fault, RankPhase, RankState
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from stormjib_runtime.state import Agent, State
 
@@ -25,20 +25,18 @@ Seen = tuple[int, RankState, float]
 """(slot, rank that has not exited, seconds to add to its ages)."""
 
 
-def ranks(state: State, now: float) -> list[Seen]:
+def ranks(state: State, now: float) -> Iterator[Seen]:
     """Every living rank of the generation, as far as agents that are heard report it."""
-    seen: list[Seen] = []
-    for member, agent in state.seated:
-        if agent is not None and not agent.silent(now):
-            seen += [(member.slot, rank, carry) for rank, carry in _living(state, agent, now)]
-    return seen
+    for member, agent in state.speaking:
+        if not agent.silent(now):
+            carry = _carry(agent, now)
+            for rank in agent.report.ranks:
+                if rank.exit is None:
+                    yield member.slot, rank, carry
 
 
-def _living(state: State, agent: Agent, now: float) -> Iterable[tuple[RankState, float]]:
-    carry = min(now - agent.heard, HEARTBEAT_S)
-    if state.generation is None or not agent.runs(state.generation):
-        return ()
-    return [(rank, carry) for rank in agent.report.ranks if rank.exit is None]
+def _carry(agent: Agent, now: float) -> float:
+    return min(now - agent.heard, HEARTBEAT_S)
 
 
 def short(rank: RankState) -> float:
@@ -56,52 +54,46 @@ def stopped(seen: Iterable[Seen]) -> bool | None:
 
 def advanced_since(state: State, moment: float, but: int) -> bool:
     """Whether a step was finished after `moment` by a rank of a slot other than `but`."""
-    for member, agent in state.seated:
-        if (
-            agent is None
-            or member.slot == but
-            or state.generation is None
-            or not agent.runs(state.generation)
+    for member, agent in state.speaking:
+        if member.slot != but and any(
+            rank.step >= 0 and agent.heard - rank.step_age_s > moment for rank in agent.report.ranks
         ):
-            continue
-        if any(rank.step >= 0 and agent.heard - rank.step_age_s > moment for rank in agent.report.ranks):
             return True
     return False
 
 
 def find(state: State, bounds: Bounds, now: float) -> Fault | None:
     """A rank that hangs, by the best evidence there is."""
-    seen = ranks(state, now)
-    return (
-        _frozen(seen) or (_whole(state, seen, now) and (_deadlock(seen) or _backstop(seen, bounds))) or None
-    )
+    frozen = _frozen(state, now)
+    if frozen is not None or _goes_on(state, bounds, now) or not _whole(state, now):
+        return frozen
+    seen = list(ranks(state, now))
+    return (_deadlock(seen) or _backstop(seen, bounds)) if seen else None
 
 
-def _whole(state: State, seen: list[Seen], now: float) -> bool:
-    """Whether every member is heard and runs: else the missing one explains why the others stand still."""
-    agents = [agent for _, agent in state.seated]
-    heard = all(
-        agent is not None
-        and not agent.silent(now)
-        and state.generation is not None
-        and agent.runs(state.generation)
-        for agent in agents
-    )
-    return heard and bool(seen)
-
-
-def _frozen(seen: list[Seen]) -> Fault | None:
+def _frozen(state: State, now: float) -> Fault | None:
     """The kernel says that the process is stopped or a zombie."""
-    for slot, rank, carry in seen:
-        if rank.process in ("T", "Z") and rank.process_age_s + carry >= short(rank):
-            age = rank.process_age_s + carry
-            return Fault(
-                Cause.RANK_HANG,
-                slot,
-                rank.rank,
-                f"process state {rank.process} for {age:.1f} s (step {rank.step})",
-            )
+    for member, agent in state.speaking:
+        for rank in () if agent.silent(now) else agent.report.halted:
+            age = rank.process_age_s + _carry(agent, now)
+            if age >= short(rank):
+                said = f"process state {rank.process} for {age:.1f} s (step {rank.step})"
+                return Fault(Cause.RANK_HANG, member.slot, rank.rank, said)
     return None
+
+
+def _goes_on(state: State, bounds: Bounds, now: float) -> bool:
+    """Whether some step is too fresh for any rule below. In a job that is well the first rank says so, out of thousands."""
+    return any(
+        rank.step >= 0 and rank.step_age_s + carry < min(short(rank), _limit(rank, bounds))
+        for _, rank, carry in ranks(state, now)
+    )
+
+
+def _whole(state: State, now: float) -> bool:
+    """Whether every member is heard and runs: else the missing one explains why the others stand still."""
+    speaking = state.speaking
+    return len(speaking) == len(state.members) and not any(agent.silent(now) for _, agent in speaking)
 
 
 def _deadlock(seen: list[Seen]) -> Fault | None:

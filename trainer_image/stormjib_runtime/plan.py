@@ -26,17 +26,17 @@ def wanted(state: State, stage: Running, bounds: Bounds, now: float) -> Stop | N
     """The stop to announce now, or None. It keeps its cause and step once announced."""
     if stage.stop is not None:
         return None
+    cause = _cause(state, stage, bounds)
+    if cause is None and not _may_grow(state, bounds, now):
+        return None
     step, margin, median = horizon(state, stage, now)
-    cause = _cause(state, bounds)
     if cause is not None:
         return _stop(cause, step + margin, margin, median, now)
-    if stage.adopted and _stopping_already(state):
-        return _stop(Cause.RESUME, step + margin, margin, median, now)
-    after = _grow_after(state, bounds, step, margin, median, now)
+    after = _grow_after(state, bounds, step, margin, median)
     return None if after is None else _stop(Cause.GROW, after, after - step, median, now)
 
 
-def _cause(state: State, bounds: Bounds) -> Cause | None:
+def _cause(state: State, stage: Running, bounds: Bounds) -> Cause | None:
     """Why the generation must not go on as it is; the cause of the next one."""
     if bounds.suspend:
         return Cause.RESUME
@@ -44,7 +44,9 @@ def _cause(state: State, bounds: Bounds) -> Cause | None:
         return Cause.LEAVE
     if any(member.pod_uid in bounds.excluded for member in state.members):
         return Cause.LEAVE
-    return Cause.SHRINK if len(state.members) > bounds.replicas else None
+    if len(state.members) > bounds.replicas:
+        return Cause.SHRINK
+    return Cause.RESUME if stage.adopted and _stopping_already(state) else None
 
 
 def leaving(state: State) -> bool:
@@ -83,13 +85,14 @@ def _stopping_already(state: State) -> bool:
     )
 
 
-def _grow_after(
-    state: State, bounds: Bounds, step: int, margin: int, median: float, now: float
-) -> int | None:
+def _may_grow(state: State, bounds: Bounds, now: float) -> bool:
+    if not state.progressed or len(state.members) >= bounds.replicas:
+        return False
+    return len(candidates(state, bounds, now, fresh=False)) > len(state.members)
+
+
+def _grow_after(state: State, bounds: Bounds, step: int, margin: int, median: float) -> int | None:
     """The step after which to stop in order to grow: the next checkpoint, once it is near."""
-    more = len(candidates(state, bounds, now, fresh=False)) > len(state.members)
-    if not (more and state.progressed) or len(state.members) >= bounds.replicas:
-        return None
     if not _listens(state):
         return step + margin if _just_committed(state, step, margin) else None
     interval = max(bounds.interval_steps, 1)

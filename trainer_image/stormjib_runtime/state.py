@@ -65,7 +65,8 @@ class Agent:
 
     def runs(self, generation: Generation) -> bool:
         """Whether its report speaks of this generation."""
-        return self.report.generation is not None and self.report.generation.id == generation.id
+        said = self.report.generation
+        return said is generation or (said is not None and said.id == generation.id)
 
 
 # --- stages: what the job is in; each carries what only it needs ----------------------------------------------------
@@ -209,6 +210,14 @@ class State:
     def seated(self) -> list[tuple[Member, Agent | None]]:
         """Each member of the generation with its agent, where that is registered here."""
         return [(member, self.agent(member)) for member in self.members]
+
+    @cached_property
+    def speaking(self) -> list[tuple[Member, Agent]]:
+        """Members whose report is about the generation."""
+        found = self.generation
+        if found is None:
+            return []
+        return [(member, agent) for member, agent in self.seated if agent is not None and agent.runs(found)]
 
     @property
     def current(self) -> GenerationId:

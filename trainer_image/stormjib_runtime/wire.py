@@ -292,6 +292,16 @@ class Report:
     events: tuple[str, ...] = ()
     """Short facts for a human, such as `ZygoteUnfit: ...`; the operator turns new ones into Events."""
 
+    @cached_property
+    def ended(self) -> tuple[RankState, ...]:
+        """The ranks that have exited."""
+        return tuple(rank for rank in self.ranks if rank.exit is not None)
+
+    @cached_property
+    def halted(self) -> tuple[RankState, ...]:
+        """The living ranks of which the kernel says that they are stopped or zombies."""
+        return tuple(rank for rank in self.ranks if rank.exit is None and rank.process in ("T", "Z"))
+
 
 # --- operator -> coordinator ----------------------------------------------------------------------------------------
 

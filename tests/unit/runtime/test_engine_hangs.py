@@ -199,6 +199,6 @@ def test_rare_heartbeats_of_a_large_job_do_not_make_ranks_look_stopped() -> None
     world.step_all(5)
     agents = {slot: replace(agent, heartbeat_s=2.5) for slot, agent in world.state.agents.items()}
     state = replace(world.state, agents=agents)
-    seen = ranks(state, world.now + 2.4)
+    seen = list(ranks(state, world.now + 2.4))
     assert [carry for _, _, carry in seen] == [HEARTBEAT_S] * len(seen)
     assert stopped(seen) is False
