@@ -367,6 +367,9 @@ class Answer:
     versions: str = ""
     """COMPUTE: device and libraries; digests are compared between equal ones only."""
     text: str = ""
+    turned_away: bool = False
+    """TRANSFER: the peer took the connection and hung up before the first byte: it is of another version, too busy, or ending. So
+    this says nothing of the path."""
 
 
 @dataclass(frozen=True)

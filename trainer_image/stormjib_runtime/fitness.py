@@ -85,7 +85,10 @@ class Fitness:
         for _ in range(ROUNDS):
             bad: list[str] = []
             for peer in self._peers()[:PEERS]:
-                result = judge((await measure_pair(peer, self._secret),))
+                measured = await measure_pair(peer, self._secret)
+                if measured.skipped:
+                    continue
+                result = judge((measured,))
                 if result.ok:
                     self._outputs.say(f"preflight: to {peer} {result.why}")
                     return ""

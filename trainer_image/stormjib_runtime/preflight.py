@@ -201,8 +201,9 @@ async def measure_pair(peer: str, secret: str) -> Measured:
 
 
 def _transfer(name: str, answer: Answer, begin: float) -> Measured:
-    wrong = "" if answer.ok else answer.text
-    return Measured(name, _rate(answer), time.monotonic() - begin, wrong=wrong)
+    wrong = "" if answer.ok or answer.turned_away else answer.text
+    skipped = answer.text if answer.turned_away else ""
+    return Measured(name, _rate(answer), time.monotonic() - begin, wrong=wrong, skipped=skipped)
 
 
 def _rate(answer: Answer) -> float:

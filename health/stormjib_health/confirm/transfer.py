@@ -212,7 +212,7 @@ async def measure(peer: str, token: str, limit_s: float = LIMIT_S) -> Answer:
     The answer (its `id` is 0) is `ok` once bytes have arrived: `bytes` of the bursts so far, `seconds` that they would have
     taken had all been like the median one and no end waited for a processor, `rtt_s` the shortest of the pings: a busy
     processor spoils one of them, the store of a rate limiter favours the first, a slow path shows in all. `text` says what
-    was cut off, or why nothing was measured.
+    was cut off, or why nothing was measured; `turned_away` that the peer did not want to.
     """
     limit_s = max(0.0, min(limit_s, LIMIT_S))
     found = _Found()
@@ -225,8 +225,10 @@ async def measure(peer: str, token: str, limit_s: float = LIMIT_S) -> Answer:
     except TimeoutError:
         problem = f"{found.doing} {peer} not done in {limit_s:.2f} s"
     except asyncio.IncompleteReadError:
-        problem = f"{peer} hung up: another job's, or too busy"
+        problem = f"{peer} hung up: another job's, another version, or too busy"
+        found.turned_away = found.doing == "greeting of"
     except OSError as error:
+        found.turned_away = found.doing == "greeting of" and isinstance(error, ConnectionError)
         problem = f"{found.doing} {peer} failed: {error.strerror or error}"
     return found.answer(problem)
 
@@ -242,6 +244,7 @@ class _Found:
     unfinished_s: float = 0.0
     bytes: int = 0
     again: int = 0
+    turned_away: bool = False
 
     def answer(self, problem: str) -> Answer:
         if problem and self.doing == "transfer to":
@@ -250,7 +253,9 @@ class _Found:
         seconds = len(self.bursts) * usual + self.unfinished_s
         rtt = min(self.pings, default=0.0)
         ok, text = self.bytes > 0, problem[:512]
-        return Answer(0, ok, seconds, bytes=self.bytes, again=self.again, rtt_s=rtt, text=text)
+        return Answer(
+            0, ok, seconds, bytes=self.bytes, again=self.again, rtt_s=rtt, text=text, turned_away=self.turned_away
+        )  # fmt: skip
 
 
 async def _measure(host: str, port: int, token: str, ping_s: float, found: _Found) -> None:

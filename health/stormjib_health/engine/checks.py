@@ -29,8 +29,9 @@ class Round:
         return len(self.answers) == len(self.asks) or now >= self._due
 
     def transfers(self) -> dict[Pair, Answer]:
-        """Answers by (slot that sends, slot that receives)."""
-        return {(a.slot, a.peer_slot): self.answers[a.id] for a in self.asks if a.id in self.answers}
+        """Answers by (slot that sends, slot that receives), less those that say nothing of the path."""
+        found = {(a.slot, a.peer_slot): self.answers[a.id] for a in self.asks if a.id in self.answers}
+        return {pair: answer for pair, answer in found.items() if not answer.turned_away}
 
     def computes(self) -> dict[int, Answer]:
         """Answers by rank."""

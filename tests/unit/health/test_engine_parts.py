@@ -287,6 +287,19 @@ def test_a_connection_that_stands_is_called_a_link_or_a_node_only_once_bursts_ha
     assert (verdict.scope, verdict.culprits, verdict.confirmed) == (scope, culprits, True)
 
 
+def test_who_turns_bursts_away_is_not_cut_off_for_that() -> None:
+    cut, checks, bad = standing()
+    cut.prepare([bad], 0.7)
+    for ask in checks.new():
+        away = 1 in (ask.slot, ask.peer_slot)  # of another version than all others
+        checks.answered(
+            ask.slot, Answer(ask.id, not away, 0.0 if away else FAST, bytes=1000, turned_away=away)
+        )
+    verdict = cut.of_bad([bad], 1.3, 1.3)
+    assert verdict is not None
+    assert (verdict.scope, verdict.confirmed) == (Scope.LINK, False)
+
+
 def test_bursts_that_nobody_answers_are_not_waited_for_long() -> None:
     cut, _, bad = standing()
     cut.prepare([bad], 0.7)

@@ -89,6 +89,7 @@ async def test_nobody_listens(server: Server) -> None:
     await server.close()
     answer = await measure(f"127.0.0.1:{server.port}", TOKEN, 1.0)
     assert not answer.ok
+    assert not answer.turned_away, "something may be in the way"
     assert "connection to 127.0.0.1" in answer.text
 
 
@@ -194,7 +195,16 @@ def test_beside_a_busy_process_this_thread_waits() -> None:
 async def test_another_jobs_agent_gets_nothing(server: Server) -> None:
     answer = await measure(f"127.0.0.1:{server.port}", measuring_token("other"), 1.0)
     assert not answer.ok
+    assert answer.turned_away, "it is there, and the path with it"
     assert "hung up" in answer.text or "failed" in answer.text
+
+
+async def test_an_agent_of_another_version_turns_away_and_is_no_broken_path(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transfer, "_greeting", lambda token: f"stormjib-measure/1 {token}\n".encode())
+    answer = await measure(f"127.0.0.1:{server.port}", TOKEN, 1.0)
+    assert (answer.ok, answer.turned_away) == (False, True)
 
 
 HOSTILE = {

@@ -169,6 +169,15 @@ async def test_a_node_that_reaches_no_peer_is_unfit(log: int) -> None:
     assert case.events == [f"PreflightFailed: {fitness.why}"]
 
 
+async def test_peers_that_turn_away_say_nothing_of_the_node(log: int) -> None:
+    other = Server(measuring_token("of another job"))
+    await other.start()
+    case = Case(log, codec.encode(FIT))
+    case.peers = [f"127.0.0.1:{other.port}"] * 2
+    assert (await case.run()).fit
+    await other.close()
+
+
 async def test_a_peer_that_was_only_busy_clears_the_node(log: int, server: str) -> None:
     case = Case(log, codec.encode(FIT))
     rounds = iter([[NOBODY, NOBODY], [server]])
