@@ -11,6 +11,8 @@ import random
 from collections import deque
 from dataclasses import dataclass, field, replace
 
+from stormjib_health.sampler.calls import Thinned
+from stormjib_health.sampler.core import MAX_TIMINGS, MIN_TIMINGS
 from stormjib_health.wire import Call, Edge, Group, Kind, Pair, Phase, RankSample, Sample, Stack, Timing
 
 BANDWIDTH = 1.25e8
@@ -116,13 +118,16 @@ class Issue:
     end: float
     call: Call
     timed: bool
+    step: int
+    """Last finished one."""
 
 
 class Person:
     """One rank: where its simulated time stands, and what is not yet sampled."""
 
-    def __init__(self, rank: int, slot: int) -> None:
+    def __init__(self, rank: int, slot: int, max_timings: int) -> None:
         self.rank, self.slot = rank, slot
+        self.timings = Thinned(max_timings)
         self.time = 0.0
         self.step_began = 0.0
         self.issues: deque[Issue] = deque()
@@ -161,7 +166,8 @@ class Trace:
     def __init__(self, shape: Shape, seed: int, fault: Fault = Fault()) -> None:
         self.shape, self.fault = shape, fault
         self.random = random.Random(seed)
-        self.people = [Person(rank, rank // shape.per_slot) for rank in range(shape.world)]
+        most = max(MIN_TIMINGS, MAX_TIMINGS // shape.per_slot)
+        self.people = [Person(rank, rank // shape.per_slot, most) for rank in range(shape.world)]
         self.slots = sorted({person.slot for person in self.people})
         self.rings = self._make_rings()
         self.ops = self._make_ops()
@@ -401,7 +407,7 @@ class Trace:
             ring.group.key, number, int(op.kind), signature=signature, signed=number if signature else 0,
             pairs=tuple(person.pairs.get(ring.group.key, {}).values()),
         )  # fmt: skip
-        person.issues.append(Issue(at, end, call, op.timed))
+        person.issues.append(Issue(at, end, call, op.timed, self._steps - 1))
         person.works(at, known=op.timed)
         person.time = end
 
@@ -433,7 +439,7 @@ class Trace:
         inside = self.fault.kind == "stop_inside" and person.rank == self.fault.rank and kind is Kind.RECV
         if inside and at <= self.fault.at < end:
             person.halted_at, end = self.fault.at, NEVER
-        person.issues.append(Issue(at, end, call, False))
+        person.issues.append(Issue(at, end, call, False, self._steps - 1))
         person.works(at, known=False)
         person.time = end
 
@@ -556,7 +562,11 @@ class Trace:
         halted = now >= person.halted_at
         kind = self.fault.kind
         state = "T" if kind in ("stop", "stop_inside") else "D" if kind == "disk" else "S"
-        ended = [issue for issue in person.timed if issue.end <= now]
+        for issue in person.timed:
+            if issue.end <= now:
+                person.timings.add(issue.step if issue.step >= 0 else issue.call.issued, _timing(issue))
+        timings = person.timings.items()
+        person.timings.told(timings)
         person.timed = [issue for issue in person.timed if issue.end > now]
         quota = kind == "quota" and person.rank == self.fault.rank and now >= self.fault.at
         return RankSample(
@@ -566,7 +576,7 @@ class Trace:
             now - person.halted_at if halted and state in "TD" else 0.0, self._idle(person, now),
             "hrtimer_nanosleep" if halted else "futex_wait_queue", 1 if halted and state == "T" else 0,
             over * 0.3 if quota else 0.0, over * 0.3 if quota else 0.0,
-            self._calls(person, now), tuple(_timing(i) for i in ended),
+            self._calls(person, now), timings,
         )  # fmt: skip
 
     def _advance(self, person: Person, now: float) -> None:
