@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import os
 import signal
 import sys
@@ -49,6 +50,10 @@ ORDER_POLL_S = 30.0
 STATE_POLL_S = HEARTBEAT_S
 SAMPLE_BYTES = 256 * 1024
 """A healthy one has a few hundred bytes. The stacks of 8 ranks may have 40 KB, and a group of 16,000 ranks in no order 200."""
+
+COLLECT = 20_000, 20, 20
+"""When Python looks for cycles. What a message brings lives until the next one and is in none: looking as often as Python does by
+itself took a quarter of the time of a coordinator with 1,250 agents."""
 
 T = TypeVar("T")
 
@@ -409,6 +414,7 @@ def main() -> int:
     """Run until SIGTERM, or until a coordinator of a higher incarnation is heard of."""
     parser = argparse.ArgumentParser(prog="python -m stormjib_runtime.coordinator", description=__doc__)
     parser.add_argument("--port", type=int, default=PORT, help="port to listen on (default %(default)s)")
+    gc.set_threshold(*COLLECT)
     try:
         asyncio.run(_serve(settings_from_env(parser.parse_args().port)))
     except (Stopped, Refused) as error:
