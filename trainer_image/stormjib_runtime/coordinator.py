@@ -50,7 +50,6 @@ ORDER_POLL_S = 30.0
 STATE_POLL_S = HEARTBEAT_S
 SAMPLE_BYTES = 256 * 1024
 """A healthy one has a few hundred bytes. The stacks of 8 ranks may have 40 KB, and a group of 16,000 ranks in no order 200."""
-
 COLLECT = 20_000, 20, 20
 """When Python looks for cycles. What a message brings lives until the next one and is in none: looking as often as Python does by
 itself took a quarter of the time of a coordinator with 1,250 agents."""
