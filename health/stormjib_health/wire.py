@@ -370,6 +370,8 @@ class Answer:
     turned_away: bool = False
     """TRANSFER: the peer took the connection and hung up before the first byte: it is of another version, too busy, or ending. So
     this says nothing of the path."""
+    queued_s: float = 0.0
+    """TRANSFER: what both ends waited for a processor, in all bursts together. Where that is more than `seconds`, these are a guess."""
 
 
 @dataclass(frozen=True)

@@ -91,11 +91,12 @@ class _Clock:
         """Ready to run, and no processor was free."""
         return _schedule()[1] - self._queued
 
-    def path_s(self, peer_queued_s: float) -> float:
-        """What is left without both ends' waiting. Never less than the thread ran: both may have waited at once."""
+    def path_s(self, peer_queued_s: float) -> tuple[float, float]:
+        """What is left without both ends' waiting, and that. Never less than the thread ran: both may have waited at once."""
         passed = time.monotonic() - self._began
         ran, queued = _schedule()
-        return max(passed - (queued - self._queued) - peer_queued_s, ran - self._ran)
+        waited = queued - self._queued + peer_queued_s
+        return max(passed - waited, ran - self._ran), waited
 
 
 def _schedule() -> tuple[float, float]:
@@ -242,6 +243,7 @@ class _Found:
     bursts: list[float] = field(default_factory=list)
     """Seconds of each that arrived, without what the ends waited for a processor."""
     unfinished_s: float = 0.0
+    queued_s: float = 0.0
     bytes: int = 0
     again: int = 0
     turned_away: bool = False
@@ -254,7 +256,8 @@ class _Found:
         rtt = min(self.pings, default=0.0)
         ok, text = self.bytes > 0, problem[:512]
         return Answer(
-            0, ok, seconds, bytes=self.bytes, again=self.again, rtt_s=rtt, text=text, turned_away=self.turned_away
+            0, ok, seconds, bytes=self.bytes, again=self.again, rtt_s=rtt, text=text, turned_away=self.turned_away,
+            queued_s=self.queued_s,
         )  # fmt: skip
 
 
@@ -300,6 +303,9 @@ async def _burst(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, fou
             found.bytes += CHUNK
         peer_queued_s = _QUEUED_US.unpack(await reader.readexactly(_QUEUED_US.size))[0] * 1e-6
     finally:
-        found.unfinished_s = clock.path_s(peer_queued_s)  # of one that is cut off it counts how far it came
+        found.unfinished_s, waited = clock.path_s(
+            peer_queued_s
+        )  # of one that is cut off it counts how far it came
+        found.queued_s += waited
     found.bursts.append(found.unfinished_s)
     found.unfinished_s = 0.0

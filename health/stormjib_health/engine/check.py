@@ -59,6 +59,7 @@ def check_answer(answer: Answer) -> None:
     _seconds("seconds", answer.seconds)
     _seconds("cpu_s", answer.cpu_s)
     _seconds("rtt_s", answer.rtt_s)
+    _seconds("queued_s", answer.queued_s)
     _count("bytes", answer.bytes)
     _count("again", answer.again)
     _at_most("digest", answer.digest, 256)

@@ -118,7 +118,7 @@ def agree(one: Outcome, other: Outcome) -> bool:
 
 def _slow(answers: Mapping[Pair, Answer], limits: Thresholds, lost_per_byte: float) -> list[Pair]:
     """Pairs whose bursts are far slower than the best, lossy, or not possible at all; the slowest first. The line lies half-way, in
-    factors, between the best and the worst."""
+    factors, between the best and the worst. Ends that waited longer for a processor than for the path are too busy to call it slow."""
     done = [answer for answer in answers.values() if answer.ok and answer.seconds > 0]
     if not done:
         return []
@@ -129,7 +129,7 @@ def _slow(answers: Mapping[Pair, Answer], limits: Thresholds, lost_per_byte: flo
     found = [
         pair for pair, a in answers.items()
         if not a.ok or a.rtt_s > slow or a.again >= limits.burst_again
-        or a.seconds > max(line, best + lost_per_byte * a.bytes)
+        or a.queued_s < a.seconds > max(line, best + lost_per_byte * a.bytes)
     ]  # fmt: skip
     return sorted(
         found, key=lambda pair: answers[pair].seconds if answers[pair].ok else math.inf, reverse=True

@@ -147,6 +147,14 @@ def test_a_burst_beside_others_may_take_a_while() -> None:
     assert judge(answers, DEFAULT).part is Part.LINK
 
 
+def test_ends_that_waited_longer_for_a_processor_than_for_the_path_call_nothing_slow() -> None:
+    answers = bursts()
+    answers[(0, 1)] = Answer(0, True, 3 * FAST, rtt_s=0.0002, queued_s=2 * FAST)
+    assert judge(answers, DEFAULT).part is Part.LINK
+    answers[(0, 1)] = Answer(0, True, 3 * FAST, rtt_s=0.0002, queued_s=4 * FAST)
+    assert judge(answers, DEFAULT).part is Part.NOTHING
+
+
 def test_a_burst_that_cannot_explain_what_steps_lose_is_not_bad() -> None:
     answers = bursts()
     answers[(0, 1)] = Answer(0, True, 3 * FAST, bytes=1000, rtt_s=0.0002)

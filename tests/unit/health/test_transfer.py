@@ -141,6 +141,7 @@ async def test_what_the_peer_waited_for_a_processor_is_not_the_paths(
     assert (answer.ok, answer.bytes) == (True, BURSTS * BURST_BYTES)
     assert least <= answer.seconds < most
     assert answer.seconds > 0  # the client ran for some time, whatever its peer says
+    assert answer.queued_s >= BURSTS * told
 
 
 async def test_what_the_client_waited_for_a_processor_is_not_the_paths(
@@ -185,7 +186,9 @@ def test_beside_a_busy_process_this_thread_waits() -> None:
         while clock.queued_s() < 0.05:
             assert time.monotonic() < deadline, "nothing competes with it"
         began = clock._began
-        assert clock.path_s(0.0) <= time.monotonic() - began - 0.05
+        path_s, waited_s = clock.path_s(0.0)
+        assert path_s <= time.monotonic() - began - 0.05
+        assert waited_s >= 0.05
     finally:
         os.sched_setaffinity(0, allowed)
         other.kill()
