@@ -1,6 +1,6 @@
 """How right and how fast the health engine is on simulated traces, and what it costs at 1,000 and 10,000 ranks.
 
-`python -m bench.health_engine [--quick] [--trials N] [--json FILE]`. Thresholds were tuned on seeds below 1000; trials begin there.
+`python -m bench.health_engine [--quick] [--trials N] [--large N] [--json FILE]`. Thresholds were tuned on seeds below 1000; trials begin there.
 """
 
 from __future__ import annotations
@@ -31,12 +31,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="3 trials a row, 1,000 ranks only")
     parser.add_argument("--trials", type=int, default=100, help="of each row")
+    parser.add_argument(
+        "--large", type=int, default=40, help="with 1,000 ranks, and with 10,000, where each takes minutes"
+    )
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     results = [result for case in CASES for result in trials(case, 3 if options.quick else options.trials)]
     sizes = [1000] if options.quick else [1000, 10_000]
     rows = [row for case in CASES for row in figures(case, results)]
-    rows += [row for size in sizes for row in health_scale.measure(size, 8 if options.quick else 40)]
+    rows += [
+        row for size in sizes for row in health_scale.measure(size, 8 if options.quick else options.large)
+    ]
     rows.append(health_scale.agents(125 if options.quick else 1250))
     console = Console()
     console.print(confusion(results))
