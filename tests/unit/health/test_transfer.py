@@ -141,7 +141,7 @@ async def test_what_the_peer_waited_for_a_processor_is_not_the_paths(
     assert (answer.ok, answer.bytes) == (True, BURSTS * BURST_BYTES)
     assert least <= answer.seconds < most
     assert answer.seconds > 0  # the client ran for some time, whatever its peer says
-    assert answer.queued_s >= BURSTS * told
+    assert answer.queued_s >= BURSTS * told - 1e-6
 
 
 async def test_what_the_client_waited_for_a_processor_is_not_the_paths(
