@@ -15,7 +15,7 @@ from functools import cached_property
 from stormjib_health.wire import Accusation, Rule, Verdict  # noqa: TC001  the codec reads them at run time
 
 PROTOCOL = 1
-"""Version of the messages. A peer with another one is refused by name, never guessed at."""
+"""Version of the messages. A peer with another one is refused by name, never guessed at. It stays 1 until the first release."""
 
 HEARTBEAT_S = 1.0
 """An agent reports at least this often, unless its order says more; a coordinator that hears nothing for `HEARTBEATS_MISSED` of them
