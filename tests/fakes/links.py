@@ -57,11 +57,15 @@ class TwoHosts:
         """Drop what a host sends, from now on; `match` in the words of iptables."""
         command(*self.inside(host), "iptables", "-A", "OUTPUT", "-o", "eth0", *match, "-j", "DROP")
 
-    def lose(self, host: int, probability: float) -> None:
-        """Lose this part of what a host is sent, in packets as a wire has them: cables here hand on 64 KiB at once."""
+    def lose(self, host: int, every: int) -> None:
+        """Lose one of so many packets that a host is sent, as a wire has them: cables here hand on 64 KiB at once.
+
+        Those that open a connection pass: where one of them is lost, the kernel waits a second, and that is another fault.
+        """
         command("ip", "-n", self.names[1 - host], "link", "set", "eth0", "gso_max_segs", "1")
-        chance = ("-m", "statistic", "--mode", "random", "--probability", str(probability))
-        command(*self.inside(host), "iptables", "-A", "INPUT", "-i", "eth0", *chance, "-j", "DROP")
+        opened = ("-p", "tcp", "!", "--tcp-flags", "SYN", "SYN")
+        nth = ("-m", "statistic", "--mode", "nth", "--every", str(every), "--packet", "0")
+        command(*self.inside(host), "iptables", "-A", "INPUT", "-i", "eth0", *opened, *nth, "-j", "DROP")
 
     def dropped(self, host: int) -> int:
         """Packets dropped so far: the proof that a fault has fired."""

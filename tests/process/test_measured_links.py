@@ -125,11 +125,11 @@ def test_a_link_too_slow_for_the_whole_still_gives_its_rate(pair: Pair) -> None:
 
 def test_what_is_lost_on_the_way_is_counted_by_who_sends_it(pair: Pair) -> None:
     assert pair.measure(0).again == 0
-    pair.hosts.lose(1, 0.04)
+    pair.hosts.lose(1, every=25)
     there, back = pair.measure(0), pair.measure(1)
     assert pair.hosts.dropped(1) > 0
     assert there.again >= DEFAULT.burst_again, (
-        f"of {there.bytes} bytes, {pair.hosts.dropped(1)} packets dropped"
+        f"of {there.bytes} bytes, {pair.hosts.dropped(1)} packets dropped: {there.text}"
     )
     assert back.again < DEFAULT.burst_again, "only its acknowledgements are lost"
 
