@@ -21,7 +21,7 @@ from stormjib_fault import catalogue, shell
 from stormjib_fault.network import DEVICE
 from stormjib_fault.words import Draw
 from stormjib_fault.world import Place, Traffic, World
-from stormjib_health.wire import SURE
+from stormjib_health.verdict import SURE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

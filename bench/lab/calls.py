@@ -17,7 +17,7 @@ from stormjib_runtime.wire import JobState
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from stormjib_health.wire import Verdict
+    from stormjib_health.verdict import Verdict
     from stormjib_runtime.wire import Bounds
 
 CALL_S = 5.0

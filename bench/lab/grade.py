@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from stormjib_fault.words import JOB, NON_COMMUNICATION_SLOW, RANK, Answer, Truth
-from stormjib_health.wire import SURE
+from stormjib_health.verdict import SURE
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from stormjib_health.wire import SURE, Action, Rule, Scope, Syndrome
+from stormjib_health.verdict import SURE, Action, Rule, Scope, Syndrome
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from stormjib_health.wire import Verdict
+    from stormjib_health.verdict import Verdict
 
 _HANGS = (Syndrome.COMMUNICATION_HANG, Syndrome.NON_COMMUNICATION_HANG)
 _SLOW = (Syndrome.COMMUNICATION_SLOW, Syndrome.NON_COMMUNICATION_SLOW)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from stormjib_health.wire import Rule
+from stormjib_health.verdict import Rule
 from stormjib_operator import budget
 from stormjib_operator.slots import accused, kept_back, registered
 from stormjib_operator.spec import HangAction, RecoveryRule, Spec

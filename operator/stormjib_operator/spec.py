@@ -11,7 +11,7 @@ from typing import Annotated
 
 from pydantic import ConfigDict, Field
 
-from stormjib_health.wire import Action, OnRecurrence, OnSpike, Scope, Syndrome
+from stormjib_health.verdict import Action, OnRecurrence, OnSpike, Scope, Syndrome
 from stormjib_operator.fields import MAX_NODES, MAX_SPARES, Model, Name, Word, list_type, rule, rules
 from stormjib_operator.template import Template
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from stormjib_health.wire import SURE, Scope, Syndrome
+from stormjib_health.verdict import SURE, Scope, Syndrome
 from stormjib_operator.models import EvidenceStatus, FaultStatus, VerdictStatus
 from stormjib_operator.observed import Event, Now
 from stormjib_runtime.wire import Cause, GenerationId
@@ -13,7 +13,7 @@ from stormjib_runtime.wire import Cause, GenerationId
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from stormjib_health.wire import Verdict
+    from stormjib_health.verdict import Verdict
     from stormjib_operator.observed import Observed
     from stormjib_runtime.wire import JobState
 

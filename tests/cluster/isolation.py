@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from stormjib_health.wire import Accusation
+    from stormjib_health.verdict import Accusation
     from stormjib_local.cluster import Cluster
 
 TAINT, SUSPECT, LABEL = "stormjib.io/isolated", "TrainingHardwareSuspect", "stormjib.io/isolation"

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 import aiohttp
 from aiohttp import web
 
-from stormjib_health.wire import Accusation, Scope, Syndrome, Verdict
+from stormjib_health.verdict import Accusation, Scope, Syndrome, Verdict
 from stormjib_operator.cluster import ApiServer
 from stormjib_operator.coordinator_client import Streams
 from stormjib_operator.events import Recorder

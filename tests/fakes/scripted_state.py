@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
-    from stormjib_health.wire import Verdict
+    from stormjib_health.verdict import Verdict
     from stormjib_runtime.http_server import Request
 
 

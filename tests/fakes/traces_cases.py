@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from fakes.traces import RATES, Fault, Shape, Trace
 from fakes.traces_play import Play, Told, acts, blames
-from stormjib_health.wire import Scope, Syndrome, Verdict
+from stormjib_health.verdict import Scope, Syndrome, Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

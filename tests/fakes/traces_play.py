@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from fakes.traces import BANDWIDTH, RTT_S
 from stormjib_health.engine import DEFAULT, Engine, Place
-from stormjib_health.wire import Answer, CheckKind, Scope, Syndrome, Verdict
+from stormjib_health.verdict import Scope, Syndrome, Verdict
+from stormjib_health.wire import Answer, CheckKind
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -20,7 +20,7 @@ from fakes.light_lab import NODES, LightLab, light_network
 from fakes.scripted_state import ScriptedState
 from stormjib_fault import proc
 from stormjib_fault.catalogue import FAULTS
-from stormjib_health.wire import Accusation, Scope, Syndrome, Verdict
+from stormjib_health.verdict import Accusation, Scope, Syndrome, Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

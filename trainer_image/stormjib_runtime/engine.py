@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from stormjib_health.wire import Action
+from stormjib_health.verdict import Action
 from stormjib_runtime import adopt, budget, faults, members, plan, verdicts, witness
 from stormjib_runtime.admit import admit, admit_bounds, is_news, merge
 from stormjib_runtime.state import (
@@ -37,7 +37,7 @@ from stormjib_runtime.wire import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from stormjib_health.wire import Verdict
+    from stormjib_health.verdict import Verdict
 
 HISTORY_KEPT = 32
 REFUSED_KEPT = 64

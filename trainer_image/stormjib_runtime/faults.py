@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from stormjib_health.engine.crash import Exit
-from stormjib_health.wire import Syndrome
+from stormjib_health.verdict import Syndrome
 from stormjib_runtime import hang
 from stormjib_runtime.members import feasible
 from stormjib_runtime.wire import (
@@ -29,7 +29,7 @@ from stormjib_runtime.witness import may_replace
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from stormjib_health.wire import Verdict
+    from stormjib_health.verdict import Verdict
     from stormjib_runtime.state import Agent, Running, State
 
 CONFIRM_S = 0.25

@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from stormjib_health.wire import Accusation  # noqa: TC001  the codec reads it at run time
+from stormjib_health.verdict import Accusation  # noqa: TC001  the codec reads it at run time
 from stormjib_runtime.codec import DecodeError, decode, encode
 from stormjib_runtime.state import Adopting, Complete, Idle, Refused, Running, State, Suspended
 from stormjib_runtime.wire import Bounds, Cause, Fault, Generation, GenerationId, HistoryEntry

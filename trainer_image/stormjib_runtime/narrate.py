@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from stormjib_health.wire import Syndrome
+from stormjib_health.verdict import Syndrome
 from stormjib_runtime.orders import phase
 from stormjib_runtime.state import Complete, Idle, Running, State, Suspended
 from stormjib_runtime.wire import Cause, Fault, HistoryEntry, JobPhase, JobState, ResumePoint
@@ -13,7 +13,7 @@ from stormjib_runtime.wire import Cause, Fault, HistoryEntry, JobPhase, JobState
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from stormjib_health.wire import Verdict
+    from stormjib_health.verdict import Verdict
     from stormjib_runtime.watch import Watch
 
 

@@ -29,7 +29,7 @@ from stormjib_runtime.wire import (
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from stormjib_health.wire import Accusation, Verdict
+    from stormjib_health.verdict import Accusation, Verdict
 
 PER_AGENT_S = 0.003
 """With many agents heartbeats come so much rarer: 1,250 of them send 333 a second together."""

@@ -10,12 +10,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from stormjib_health import policy
-from stormjib_health.wire import SURE, Accusation, Action, Scope, Syndrome
+from stormjib_health.verdict import SURE, Accusation, Action, Scope, Syndrome
 from stormjib_runtime.members import feasible
 from stormjib_runtime.wire import Bounds, Cause, Fault
 
 if TYPE_CHECKING:
-    from stormjib_health.wire import Verdict
+    from stormjib_health.verdict import Verdict
     from stormjib_runtime.state import State
 
 VERDICTS_KEPT = 16

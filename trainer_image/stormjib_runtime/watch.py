@@ -12,12 +12,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from stormjib_health.engine import Engine, Malformed, Place
-from stormjib_health.wire import Check, CheckKind, Syndrome, Verdict, Wish
+from stormjib_health.wire import Check, CheckKind, Wish
 from stormjib_runtime.state import Refused, Running
 from stormjib_runtime.wire import EXIT_RESUME_FAILED, EXIT_ROLL_BACK, EXIT_STOPPED, PROTOCOL
 
 if TYPE_CHECKING:
     from stormjib_health.engine import Ask
+    from stormjib_health.verdict import Syndrome, Verdict
     from stormjib_health.wire import Sample
     from stormjib_runtime.state import State
     from stormjib_runtime.wire import Generation, Report

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cached_property
 
-from stormjib_health.wire import Accusation, Rule, Verdict  # noqa: TC001  the codec reads them at run time
+from stormjib_health.verdict import Accusation, Rule, Verdict  # noqa: TC001  the codec reads them at run time
 
 PROTOCOL = 1
 """Version of the messages. A peer with another one is refused by name, never guessed at. It stays 1 until the first release."""
@@ -449,7 +449,7 @@ class Env(StrEnum):
     CHECKPOINT_KEEP = "STORMJIB_CHECKPOINT_KEEP"  # also for ranks
     INTEGRITY_NORMS = "STORMJIB_INTEGRITY_NORMS"  # On | Off; for ranks
     INTEGRITY_DIGESTS = "STORMJIB_INTEGRITY_DIGESTS"  # On | Off; for ranks
-    INTEGRITY_ON_SPIKE = "STORMJIB_INTEGRITY_ON_SPIKE"  # stormjib_health.wire.OnSpike; for ranks
+    INTEGRITY_ON_SPIKE = "STORMJIB_INTEGRITY_ON_SPIKE"  # stormjib_health.verdict.OnSpike; for ranks
     INTEGRITY_ON_RECURRENCE = "STORMJIB_INTEGRITY_ON_RECURRENCE"  # OnRecurrence; for ranks
 
     GENERATION = "STORMJIB_GENERATION"  # 2.7

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
 from stormjib_health.integrity.judge import Policy
-from stormjib_health.wire import OnRecurrence, OnSpike
+from stormjib_health.verdict import OnRecurrence, OnSpike
 from stormjib_runtime import codec
 from stormjib_runtime.wire import Env, GenerationId, ResumePoint
 from stormjib_trainer.errors import ConfigError

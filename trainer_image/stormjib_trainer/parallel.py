@@ -13,7 +13,7 @@ from torch._C._distributed_c10d import HashStore  # as torch.distributed has it,
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from stormjib_health.wire import OnSpike
+from stormjib_health.verdict import OnSpike
 from stormjib_trainer.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -7,7 +7,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from stormjib_health.engine import words
-from stormjib_health.wire import Doubt, Evidence, Scope, Syndrome, Verdict
+from stormjib_health.verdict import Evidence, Scope, Syndrome, Verdict
+from stormjib_health.wire import Doubt
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from stormjib_health.engine import words
 from stormjib_health.engine.edges import host
-from stormjib_health.wire import Evidence, Scope, Syndrome, Verdict
+from stormjib_health.verdict import Evidence, Scope, Syndrome, Verdict
 
 if TYPE_CHECKING:
     from stormjib_health.engine.book import Book

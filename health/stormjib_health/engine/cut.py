@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from stormjib_health.engine import sweep, words
 from stormjib_health.engine.edges import cover
 from stormjib_health.engine.sweep import Part
-from stormjib_health.wire import Evidence, Scope, Syndrome, Verdict
+from stormjib_health.verdict import Evidence, Scope, Syndrome, Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from stormjib_health.engine import words
 from stormjib_health.engine.book import POINT_TO_POINT, position
-from stormjib_health.wire import Evidence, Kind, Scope, Syndrome, Verdict
+from stormjib_health.verdict import Evidence, Scope, Syndrome, Verdict
+from stormjib_health.wire import Kind
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

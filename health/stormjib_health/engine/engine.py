@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from stormjib_health.engine.report import Place
-    from stormjib_health.wire import Answer, Sample, Verdict
+    from stormjib_health.verdict import Verdict
+    from stormjib_health.wire import Answer, Sample
 
 
 class Engine:

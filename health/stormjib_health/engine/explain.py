@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from stormjib_health.wire import Scope
+from stormjib_health.verdict import Scope
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from stormjib_health.wire import Verdict
+    from stormjib_health.verdict import Verdict
 
 HEAD = ("what", "who", "value", "others / before")
 WIDTH = 48

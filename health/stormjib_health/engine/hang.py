@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from stormjib_health.engine.checks import Checks
     from stormjib_health.engine.edges import Bad, Edges
     from stormjib_health.engine.pace import Pace
-    from stormjib_health.wire import Verdict
+    from stormjib_health.verdict import Verdict
 
 STACKS = 8
 """Ranks whose stacks are asked for at one time."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from stormjib_health.wire import Verdict
+    from stormjib_health.verdict import Verdict
 
 
 @dataclass

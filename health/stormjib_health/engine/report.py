@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from stormjib_health.wire import CheckKind, Verdict  # noqa: TC001  part of the public records
+from stormjib_health.verdict import Verdict  # noqa: TC001  part of the public records
+from stormjib_health.wire import CheckKind  # noqa: TC001  part of the public records
 
 
 class Malformed(ValueError):

@@ -11,7 +11,8 @@ from stormjib_health.engine.baseline import chance, median
 from stormjib_health.engine.links import Links
 from stormjib_health.engine.product import confirm_compute, took
 from stormjib_health.engine.usual import Usual
-from stormjib_health.wire import Evidence, Phase, Scope, Syndrome, Verdict
+from stormjib_health.verdict import Evidence, Scope, Syndrome, Verdict
+from stormjib_health.wire import Phase
 
 if TYPE_CHECKING:
     from collections import Counter

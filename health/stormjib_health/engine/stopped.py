@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from stormjib_health.engine import words
 from stormjib_health.engine.book import position
-from stormjib_health.wire import Evidence, Phase, Scope, Syndrome, Verdict
+from stormjib_health.verdict import Evidence, Scope, Syndrome, Verdict
+from stormjib_health.wire import Phase
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from stormjib_health.engine import words
 from stormjib_health.engine.baseline import median
 from stormjib_health.engine.edges import cover
-from stormjib_health.wire import Evidence
+from stormjib_health.verdict import Evidence
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

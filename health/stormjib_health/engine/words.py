@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from stormjib_health.wire import Evidence, Kind, Phase, Scope, Syndrome, Verdict
+from stormjib_health.verdict import Evidence, Scope, Syndrome, Verdict
+from stormjib_health.wire import Kind, Phase
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING
 from stormjib_health.integrity.norms import suspects
 from stormjib_health.integrity.spikes import Window
 from stormjib_health.integrity.votes import NOBODY, dissents
-from stormjib_health.wire import Doubt, Finding, OnRecurrence, OnSpike
+from stormjib_health.verdict import OnRecurrence, OnSpike
+from stormjib_health.wire import Doubt, Finding
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Mapping, Sequence

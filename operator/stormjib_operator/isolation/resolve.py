@@ -17,7 +17,7 @@ from stormjib_operator.observed import Event
 from stormjib_runtime.wire import GenerationId
 
 if TYPE_CHECKING:
-    from stormjib_health.wire import Accusation
+    from stormjib_health.verdict import Accusation
     from stormjib_operator.observed import Now, Observed, Pod
 
 PER_PASS = 16

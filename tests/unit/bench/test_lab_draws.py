@@ -8,7 +8,7 @@ from bench.lab import draws
 from stormjib_fault.catalogue import FAULTS, ROWS, make, of_row
 from stormjib_fault.words import Draw, FaultError, Refused
 from stormjib_fault.world import Place, World
-from stormjib_health.wire import Scope, Syndrome
+from stormjib_health.verdict import Scope, Syndrome
 
 
 def world(ranks: int) -> World:

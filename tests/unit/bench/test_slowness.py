@@ -8,7 +8,7 @@ from typing import Any
 
 from bench.follow import Line
 from bench.slowness import AFTERMATH_S, VERDICT, without_fault
-from stormjib_health.wire import Scope, Syndrome, Verdict
+from stormjib_health.verdict import Scope, Syndrome, Verdict
 from stormjib_runtime.kept import fresh
 from stormjib_runtime.narrate import describe
 

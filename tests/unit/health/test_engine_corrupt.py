@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 
 from stormjib_health.engine import Engine, Malformed, Place
-from stormjib_health.wire import Doubt, Finding, Sample, Scope, Syndrome, Verdict
+from stormjib_health.verdict import Scope, Syndrome, Verdict
+from stormjib_health.wire import Doubt, Finding, Sample
 
 WORLD = 4
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import pytest
 
 from stormjib_health.engine import Engine, Malformed, Place
 from stormjib_health.engine.check import MEMBERSHIPS
-from stormjib_health.wire import Answer, Call, Edge, Group, RankSample, Sample, Span, Stack, Timing, Verdict
+from stormjib_health.wire import Answer, Call, Edge, Group, RankSample, Sample, Span, Stack, Timing
+
+if TYPE_CHECKING:
+    from stormjib_health.verdict import Verdict
 
 GOOD = Sample(1, "u", 1, 0, "1.1", 1, 0.2, ranks=(RankSample(1),))
 

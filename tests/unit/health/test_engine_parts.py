@@ -16,16 +16,8 @@ from stormjib_health.engine.ledger import Ledger
 from stormjib_health.engine.own import Own
 from stormjib_health.engine.product import confirm_compute
 from stormjib_health.engine.sweep import Part, judge, judge_reach, pairs
-from stormjib_health.wire import (
-    Answer,
-    Edge,
-    Evidence,
-    RankSample,
-    Sample,
-    Scope,
-    Syndrome,
-    Verdict,
-)  # fmt: skip
+from stormjib_health.verdict import Evidence, Scope, Syndrome, Verdict  # fmt: skip
+from stormjib_health.wire import Answer, Edge, RankSample, Sample  # fmt: skip
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

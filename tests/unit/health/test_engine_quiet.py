@@ -9,7 +9,8 @@ import pytest
 from fakes.traces import Fault, Shape, Trace
 from fakes.traces_play import Play, Told, blames
 from stormjib_health.engine import Engine, Place
-from stormjib_health.wire import Call, Group, Kind, Phase, RankSample, Sample, Syndrome
+from stormjib_health.verdict import Syndrome
+from stormjib_health.wire import Call, Group, Kind, Phase, RankSample, Sample
 
 SHAPE = Shape(world=4, noise=0.02)
 FAULT_AT = 8.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fakes.traces_cases import CASES, Case, run
-from stormjib_health.wire import Scope
+from stormjib_health.verdict import Scope
 
 SEEDS = (1000, 1001, 1002)
 SLOWEST_STEPS = 16

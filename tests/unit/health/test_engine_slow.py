@@ -21,10 +21,11 @@ from stormjib_health.engine.own import Growth
 from stormjib_health.engine.pace import Pace
 from stormjib_health.engine.slow import Slow
 from stormjib_health.engine.usual import PAIRS, Usual
-from stormjib_health.wire import Answer, Call, Edge, Group, Kind, Pair, RankSample, Scope, Syndrome
+from stormjib_health.verdict import Scope, Syndrome
+from stormjib_health.wire import Answer, Call, Edge, Group, Kind, Pair, RankSample
 
 if TYPE_CHECKING:
-    from stormjib_health.wire import Verdict
+    from stormjib_health.verdict import Verdict
 
 
 def paced(*steps: float) -> Pace:

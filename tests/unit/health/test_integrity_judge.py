@@ -18,7 +18,8 @@ from stormjib_health.integrity.judge import (
     bits,
     unpack,
 )
-from stormjib_health.wire import Doubt, Finding, OnRecurrence, OnSpike
+from stormjib_health.verdict import OnRecurrence, OnSpike
+from stormjib_health.wire import Doubt, Finding
 
 WORLD = 4
 NORMS = (1.0, 1.1, 0.9, 1.05)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stormjib_health.policy import DEFAULT_RULES, WEIGHT, act, weight
-from stormjib_health.wire import Action, Rule, Scope, Syndrome, Verdict
+from stormjib_health.verdict import Action, Rule, Scope, Syndrome, Verdict
 
 FROZEN = Verdict(1, Syndrome.NON_COMMUNICATION_HANG, Scope.RANK, (5,), (2,), 0.95, confirmed=True)
 SLOW = Verdict(1, Syndrome.NON_COMMUNICATION_SLOW, Scope.RANK, (5,), (2,), 0.9, confirmed=True, severity=1.6)

@@ -19,7 +19,7 @@ from stormjib_operator.models import Accusations, AvoidedNode
 from stormjib_operator.observed import Problem
 
 if TYPE_CHECKING:
-    from stormjib_health.wire import Accusation
+    from stormjib_health.verdict import Accusation
     from stormjib_operator.observed import Observed
 
 

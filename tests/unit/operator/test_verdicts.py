@@ -22,7 +22,7 @@ from fakes.job import (
     with_spec,
     with_status,
 )
-from stormjib_health.wire import Action, Evidence, Rule, Scope, Syndrome, Verdict
+from stormjib_health.verdict import Action, Evidence, Rule, Scope, Syndrome, Verdict
 from stormjib_operator import bounds
 from stormjib_operator.coordinator_client import gist
 from stormjib_operator.decide import decide

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from fakes.runtime import FakeAgent, World, bounds, last_fault, running_world
-from stormjib_health.wire import Action, Rule, Scope, Syndrome, Verdict
+from stormjib_health.verdict import Action, Rule, Scope, Syndrome, Verdict
 from stormjib_runtime import engine
 from stormjib_runtime.codec import decode, encode
 from stormjib_runtime.kept import Kept, keep, revive

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 
 from fakes.runtime import JOB, World, bounds, on_report, running_world
-from stormjib_health.wire import Call, Group, RankSample, Sample, Syndrome
+from stormjib_health.verdict import Syndrome
+from stormjib_health.wire import Call, Group, RankSample, Sample
 from stormjib_runtime import engine
 from stormjib_runtime.narrate import health_metrics
 from stormjib_runtime.state import Refused

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stormjib_health.integrity.judge import Policy
-from stormjib_health.wire import OnRecurrence, OnSpike
+from stormjib_health.verdict import OnRecurrence, OnSpike
 from stormjib_runtime.page import Page
 from stormjib_runtime.wire import Env, GenerationId, RankPhase, ResumePoint
 from stormjib_trainer import environment
