@@ -1,9 +1,8 @@
 """The messages of health: what a rank leaves behind, what an agent says of it, what the coordinator wants of the agent.
 
 A leaf: the standard library only, nothing of ours; `verdict` has what is made of them. Every record is frozen, and
-`stormjib_runtime.codec` is its outer form. Nothing here is a time of day or a point on somebody's clock: all times are ages and
-durations, measured on the clock of
-whoever saw both ends, because no rule may compare the clocks of two hosts.
+`stormjib_runtime.codec` is its outer form. Nothing here is a time of day or a point on somebody's clock: all times are
+ages and durations, measured on the clock of whoever saw both ends, because no rule may compare the clocks of two hosts.
 """
 
 from __future__ import annotations
