@@ -21,9 +21,10 @@ if TYPE_CHECKING:
     from stormjib_health.integrity.judge import Act
     from stormjib_trainer.step import Agreed
 
-SIGN, TOP, MIDDLE, LOW = 31, 30, 16, 0
-"""Bits of a float32: its sign, the highest of its exponent, one of its mantissa, the lowest of that. (The lowest of a
-gradient is mostly rounded away before it reaches the state, and then does no harm.)"""
+SIGN, TOP, MIDDLE, THIRD, LOW = 31, 30, 16, 2, 0
+"""Bits of a float32: its sign, the highest of its exponent, and of its mantissa one in the middle, the lowest but two and the
+lowest. (The lowest of a gradient is mostly rounded away before it reaches the state, and that of a moment where the step takes it
+past a power of two; then it does no harm.)"""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from fakes import gloo, norm_ranks
-from fakes.faulty_trainer import LOW, MIDDLE, SIGN, TOP, Fault
+from fakes.faulty_trainer import LOW, MIDDLE, SIGN, THIRD, TOP, Fault
 from fakes.ranks import Warm
 from stormjib_checkpoint.history import committed
 from stormjib_checkpoint.ledger import audit
@@ -128,7 +128,8 @@ def test_a_gradient_that_is_wrong_each_time_ends_the_job(warm: Warm, tmp_path: P
 # --- votes ----------------------------------------------------------------------------------------------------------
 
 
-STATE = [(where, bit) for where in ("weight", "exp_avg", "exp_avg_sq") for bit in (SIGN, TOP, LOW)]
+STATE = [("weight", bit) for bit in (SIGN, TOP, LOW)]
+STATE += [(where, bit) for where in ("exp_avg", "exp_avg_sq") for bit in (SIGN, TOP, THIRD)]
 
 
 @pytest.mark.parametrize(("where", "bit"), [*STATE, ("mixed", SIGN), ("mixed", MIDDLE)])
