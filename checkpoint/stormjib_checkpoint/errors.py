@@ -10,6 +10,8 @@ CheckpointError
 ├── FormatError             a file is not what FORMAT.md says
 ├── SaveError
 │   ├── UnsupportedState    a tensor or value that cannot be stored, by name
+│   ├── ArenaTooLarge       no memory to stage a step in
+│   ├── TornCopy            the state was changed while it was copied
 │   └── AlreadySaved        this rank has already left this step in this generation
 ├── CommitError
 │   ├── Incomplete          rank files are not all there (yet)
@@ -78,6 +80,14 @@ class SaveError(CheckpointError):
 
 class UnsupportedState(SaveError):
     """A tensor or value that the format cannot hold; names the key."""
+
+
+class ArenaTooLarge(SaveError):
+    """The host has no memory to stage a step in; told before anything is taken."""
+
+
+class TornCopy(SaveError):
+    """A tensor was changed while it was copied: this step is not saved. Names the tensor and the fix."""
 
 
 class AlreadySaved(SaveError):

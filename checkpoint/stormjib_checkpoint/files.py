@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
 import os
 from typing import Protocol
 
@@ -19,8 +21,11 @@ class Files(Protocol):
     """The file system, one method per call that can fail or be cut. All raise OSError."""
 
     def open_new(self, path: str) -> int: ...
+    def open_new_direct(self, path: str) -> int: ...
+    def reserve(self, descriptor: int, size: int) -> None: ...
     def open_to_read(self, path: str) -> int: ...
-    def write(self, descriptor: int, data: memoryview) -> int: ...
+    def write_at(self, descriptor: int, data: memoryview, offset: int) -> int: ...
+    def truncate(self, descriptor: int, size: int) -> None: ...
     def read_into(self, descriptor: int, buffer: memoryview, offset: int) -> int: ...
     def size(self, descriptor: int) -> int: ...
     def sync(self, descriptor: int) -> None: ...
@@ -42,11 +47,44 @@ class Posix:
     def open_new(self, path: str) -> int:
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE)
 
+    def open_new_direct(self, path: str) -> int:
+        """As `open_new`, past the page cache where the file system can: copying into it costs more than writing."""
+        try:
+            return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_DIRECT, FILE_MODE)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+        with contextlib.suppress(FileNotFoundError):  # some kernels have made the file before they refuse
+            os.unlink(path)
+        return self.open_new(path)
+
+    def reserve(self, descriptor: int, size: int) -> None:
+        """Take the space now, so that a full disk is found before anything is copied. Nothing where it cannot be told."""
+        import ctypes  # here, because the checkpoint child needs none of it and an image may lack libffi
+
+        libc = ctypes.CDLL(None, use_errno=True)
+        # Not os.posix_fallocate: where the file system cannot, the C library writes into every block itself.
+        if libc.fallocate(descriptor, 0, ctypes.c_long(0), ctypes.c_long(size)) != 0:
+            number = ctypes.get_errno()
+            if number not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+                raise OSError(number, os.strerror(number))
+
     def open_to_read(self, path: str) -> int:
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
-    def write(self, descriptor: int, data: memoryview) -> int:
-        return os.write(descriptor, data)
+    def write_at(self, descriptor: int, data: memoryview, offset: int) -> int:
+        """Direct where file, memory and offset allow it; what is not aligned as the device wants goes through the cache."""
+        try:
+            return os.pwrite(descriptor, data, offset)
+        except OSError as error:
+            flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+            if error.errno != errno.EINVAL or not flags & os.O_DIRECT:
+                raise
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags & ~os.O_DIRECT)
+        return os.pwrite(descriptor, data, offset)
+
+    def truncate(self, descriptor: int, size: int) -> None:
+        os.ftruncate(descriptor, size)
 
     def read_into(self, descriptor: int, buffer: memoryview, offset: int) -> int:
         return os.preadv(descriptor, [buffer], offset)

@@ -25,7 +25,7 @@ from stormjib_checkpoint.errors import (
 from stormjib_checkpoint.files import Files, Posix
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
 Chunk = bytes | memoryview
 
@@ -40,8 +40,19 @@ class Opened(Protocol):
         """Fill `buffer` from `offset` on; returns how many bytes there were before the end of the file."""
 
 
+class NewFile(Protocol):
+    """A file that is being written and has no name yet."""
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """Put bytes at an offset, in any order and from any thread. Fast where offset, length and memory are multiples of 4096."""
+
+
 class Storage(Protocol):
     """What the library needs of a store. Paths are relative, with `/`, and come from `layout` only."""
+
+    def new(self, path: str, size: int) -> contextlib.AbstractContextManager[NewFile]:
+        """A new file of `size` bytes: what is written behind them is cut off. It is there, durable and whole, when the block ends;
+        where the block raises, nothing is. Raises AlreadyThere where the name is taken, and changes nothing."""
 
     def create(self, path: str, chunks: Iterable[Chunk]) -> None:
         """Write a new file, durable on return. Raises AlreadyThere where the name is taken, and changes nothing."""
@@ -83,6 +94,19 @@ class _LocalFile:
         return done
 
 
+class _LocalNewFile:
+    def __init__(self, files: Files, descriptor: int, path: str) -> None:
+        self._files = files
+        self.descriptor = descriptor
+        self.path = path
+
+    def write(self, offset: int, data: memoryview) -> None:
+        with _typed(self.path):
+            while data:
+                count = self._files.write_at(self.descriptor, data, offset)
+                data, offset = data[count:], offset + count
+
+
 class Local:
     """A folder of a file system that every rank and committer of the job sees."""
 
@@ -91,24 +115,50 @@ class Local:
         self._files: Files = files if files is not None else Posix()
         self._durable: set[str] = set()
 
+    @contextlib.contextmanager
+    def new(self, path: str, size: int) -> Iterator[NewFile]:
+        with self._new(path, self._files.open_new_direct) as file:
+            with _typed(file.path):
+                self._files.reserve(file.descriptor, size)
+            yield file
+            with _typed(file.path):
+                self._files.truncate(file.descriptor, size)
+
     def create(self, path: str, chunks: Iterable[Chunk]) -> None:
+        with self._new(path, self._files.open_new) as file:
+            offset = 0
+            for chunk in chunks:
+                data = memoryview(chunk).cast("B")
+                file.write(offset, data)
+                offset += len(data)
+
+    @contextlib.contextmanager
+    def _new(self, path: str, open_new: Callable[[str], int]) -> Iterator[_LocalNewFile]:
+        """A file with a temporary name, which gets its own when the block has ended well."""
         target = self._at(path)
         folder, name = os.path.split(target)
         temporary = f"{folder}/.{name}.{secrets.token_hex(8)}"
         with _typed(target):
             self._ensure(folder)
-            try:
-                self._write(temporary, chunks)
+            descriptor = open_new(temporary)
+        try:
+            yield _LocalNewFile(self._files, descriptor, target)
+            with _typed(target):
+                self._files.sync(descriptor)
                 self._publish(temporary, target)
-            except FileExistsError:
-                # Whoever took the name may have died before this sync, and our caller may build on the file.
-                self._discard(temporary)
-                self._files.sync_folder(folder)
-                raise
-            except BaseException:
-                self._discard(temporary)
-                raise
+        except AlreadyThere:
+            # Whoever took the name may have died before this sync, and our caller may build on the file.
             self._discard(temporary)
+            with _typed(target):
+                self._files.sync_folder(folder)
+            raise
+        except BaseException:
+            self._discard(temporary)
+            raise
+        finally:
+            self._files.close(descriptor)
+        self._discard(temporary)
+        with _typed(target):
             self._files.sync_folder(folder)
 
     def read(self, path: str, limit: int) -> bytes:
@@ -203,17 +253,6 @@ class Local:
     def _discard(self, temporary: str) -> None:
         with contextlib.suppress(OSError):
             self._files.unlink(temporary)
-
-    def _write(self, temporary: str, chunks: Iterable[Chunk]) -> None:
-        descriptor = self._files.open_new(temporary)
-        try:
-            for chunk in chunks:
-                rest = memoryview(chunk).cast("B")
-                while rest:
-                    rest = rest[self._files.write(descriptor, rest) :]
-            self._files.sync(descriptor)
-        finally:
-            self._files.close(descriptor)
 
     def _publish(self, temporary: str, target: str) -> None:
         try:

@@ -1,56 +1,34 @@
-"""Saving: each rank leaves its tensors and then a record of them, and waits for nobody."""
+"""What a rank says of the tensors that it has left: its record, which makes its part of the step whole. It waits for nobody."""
 
 from __future__ import annotations
 
-from itertools import chain
+import contextlib
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from stormjib_checkpoint import layout
 from stormjib_checkpoint.errors import AlreadySaved, AlreadyThere, FormatError, UnsupportedState
-from stormjib_checkpoint.format import PIECE_BYTES, Atom, DataFile, RankFile, StoredBox, TrainFile
-from stormjib_checkpoint.layout import GenerationId
-from stormjib_checkpoint.pieces import PieceHasher
+from stormjib_checkpoint.format import Atom, DataFile, RankFile, TrainFile
 from stormjib_checkpoint.records import MAX_INTEGER, Json, check_plain, encode
-from stormjib_checkpoint.shardfile import Entry, header, in_file_order
-from stormjib_checkpoint.tensors import Held, Value, held, memory, on_host
+from stormjib_checkpoint.tensors import Held, Value, held
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+    from stormjib_checkpoint.layout import GenerationId
     from stormjib_checkpoint.storage import Storage
 
 _WRITE_BYTES = 8 * 1024 * 1024
 _RESERVED = "__"
 
 
-def save_rank(
-    storage: Storage,
-    *,
-    step: int,
-    generation: str,
-    rank: int,
-    world: int,
-    state: Mapping[str, Value],
-    train: Mapping[str, Json],
-    samples: Mapping[int, Sequence[int]],
-    attempt: str = "",
-) -> None:
-    """Leave this rank's part of `step`: durable on return, committed only once every rank has left its own.
-
-    `state` names tensors and DTensors (each rank its shard; plain ones are the same on all ranks) and JSON scalars.
-    `train` counts on rank 0. `samples` are the ids that this rank fed to the model, by step, since its last save.
-    `attempt` tells apart ranks that were restarted within one generation (torchrun's restart count): their parts are
-    never put together. Raises SaveError and StorageError; nothing that was there is changed.
-    """
-    who = Part(step, GenerationId.parse(generation), rank, world, attempt)
-    parts, scalars = split(state, rank, world)
-    save_parts(storage, who, parts, scalars, train, samples)
-
-
 class Part(NamedTuple):
-    """Which part of which step a rank leaves."""
+    """Which part of which step a rank leaves.
+
+    `attempt` tells apart ranks that were restarted within one generation (torchrun's restart count): their parts are never put
+    together.
+    """
 
     step: int
     generation: GenerationId
@@ -59,24 +37,33 @@ class Part(NamedTuple):
     attempt: str = ""
 
 
-def save_parts(
+def leave_record(
     storage: Storage,
     who: Part,
-    parts: Sequence[Held],
+    data: DataFile,
+    atoms: Mapping[str, Atom],
     scalars: Mapping[str, Json],
     train: Mapping[str, Json],
-    samples: Mapping[int, Sequence[int]],
+    ids: dict[int, tuple[int, ...]],
 ) -> None:
-    """As `save_rank`, for boxes that the caller has cut itself."""
-    ids = _ids(samples)
+    """Say what lies in a data file that is durable: with this the rank's part of the step is there, and committed once all are.
+
+    `train` counts on rank 0. `ids` are those that this rank fed to the model, by step, since its last save.
+    Raises SaveError and StorageError; nothing that was there is changed.
+    """
+    refuse_unstorable(scalars, "state")
     place = layout.folder(who.step, who.generation)
+    record = RankFile(**who._asdict(), data=data, atoms=dict(atoms), scalars=dict(scalars), samples=ids)
+    if who.rank == 0:
+        _write_train(storage, place, TrainFile(who.step, who.generation, dict(train)))
+    storage.create(f"{place}/{layout.rank_json(who.rank)}", [encode(record)])
+
+
+@contextlib.contextmanager
+def told_as_saved(who: Part) -> Iterator[None]:
+    """A name that is taken, as AlreadySaved."""
     try:
-        data, boxes = _write_data(storage, f"{place}/{layout.rank_data(who.rank)}", parts, who.rank)
-        if who.rank == 0:
-            _write_train(storage, place, TrainFile(who.step, who.generation, dict(train)))
-        atoms = {part.name: Atom(part.dtype, part.shape, boxes.get(part.name, ())) for part in parts}
-        record = RankFile(**who._asdict(), data=data, atoms=atoms, scalars=dict(scalars), samples=ids)
-        storage.create(f"{place}/{layout.rank_json(who.rank)}", [encode(record)])
+        yield
     except AlreadyThere as error:
         raise AlreadySaved(
             f"rank {who.rank} has left step {who.step} in generation {who.generation} before; "
@@ -95,11 +82,12 @@ def split(state: Mapping[str, Value], rank: int, world: int) -> tuple[list[Held]
             parts.append(held(name, value, rank, world))
         else:
             scalars[name] = value
-    _refuse_unstorable({"names": sorted(state), **scalars}, "state")
+    refuse_unstorable({"names": sorted(state), **scalars}, "state")
     return parts, scalars
 
 
-def _ids(samples: Mapping[int, Sequence[int]]) -> dict[int, tuple[int, ...]]:
+def checked_ids(samples: Mapping[int, Sequence[int]]) -> dict[int, tuple[int, ...]]:
+    """The samples as they are stored. Raises UnsupportedState."""
     ids = {step: tuple(int(i) for i in fed) for step, fed in samples.items()}
     for step, fed in ids.items():
         if step < 0 or not all(0 <= i <= MAX_INTEGER for i in fed):
@@ -107,7 +95,8 @@ def _ids(samples: Mapping[int, Sequence[int]]) -> dict[int, tuple[int, ...]]:
     return ids
 
 
-def _refuse_unstorable(values: Mapping[str, Json], where: str) -> None:
+def refuse_unstorable(values: Mapping[str, Json], where: str) -> None:
+    """Raises UnsupportedState, which names the key, where JSON would not give `values` back as they are."""
     try:
         check_plain(dict(values), where)
     except FormatError as error:
@@ -115,29 +104,5 @@ def _refuse_unstorable(values: Mapping[str, Json], where: str) -> None:
 
 
 def _write_train(storage: Storage, place: str, record: TrainFile) -> None:
-    _refuse_unstorable(record.train, "train")
+    refuse_unstorable(record.train, "train")
     storage.create(f"{place}/{layout.TRAIN}", [encode(record)])
-
-
-def _write_data(
-    storage: Storage, path: str, parts: Sequence[Held], rank: int
-) -> tuple[DataFile, dict[str, tuple[StoredBox, ...]]]:
-    mine = {part.name: part for part in parts if part.primary and part.box.volume}
-    entries = in_file_order([Entry(part.name, part.dtype, part.box) for part in mine.values()])
-    head, starts = header(entries)
-    hasher = PieceHasher(PIECE_BYTES)
-    storage.create(path, _chunks(head, [mine[entry.name].local for entry in entries], hasher))
-    boxes: dict[str, tuple[StoredBox, ...]] = {
-        entry.name: (StoredBox(rank, entry.box.offset, entry.box.shape, start, start + entry.nbytes),)
-        for entry, start in zip(entries, starts, strict=True)
-    }
-    return DataFile(hasher.bytes, PIECE_BYTES, hasher.digests()), boxes
-
-
-def _chunks(head: bytes, tensors: Sequence[torch.Tensor], hasher: PieceHasher) -> Iterator[memoryview]:
-    """The file from front to back, straight from the tensors' memory, hashed just before it is written."""
-    for data in chain([memoryview(head)], (memory(on_host(tensor)) for tensor in tensors)):
-        for start in range(0, len(data), _WRITE_BYTES):
-            chunk = data[start : start + _WRITE_BYTES]
-            hasher.update(chunk)
-            yield chunk

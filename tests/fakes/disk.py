@@ -119,14 +119,27 @@ class Disk:
         self._add(path, file)
         return self._descriptor(file)
 
+    open_new_direct = open_new
+
     def open_to_read(self, path: str) -> int:
         return self._descriptor(self._file(path))
 
-    def write(self, descriptor: int, data: memoryview) -> int:
+    def write_at(self, descriptor: int, data: memoryview, offset: int) -> int:
         self._change()
         part = data[: max(1024, len(data) // 2)]  # short writes are the rule here
-        self._open[descriptor].data += part
+        held = self._open[descriptor].data
+        held.extend(bytes(max(0, offset + len(part) - len(held))))
+        held[offset : offset + len(part)] = part
         return len(part)
+
+    def reserve(self, descriptor: int, size: int) -> None:
+        self._change()
+        held = self._open[descriptor].data
+        held.extend(bytes(max(0, size - len(held))))
+
+    def truncate(self, descriptor: int, size: int) -> None:
+        self._change()
+        del self._open[descriptor].data[size:]
 
     def read_into(self, descriptor: int, buffer: memoryview, offset: int) -> int:
         found = bytes(self._open[descriptor].data[offset : offset + len(buffer)])

@@ -12,9 +12,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from fakes.saving import save_rank
+from stormjib_checkpoint.engine import Engine
 from stormjib_checkpoint.state import collect, restore
 from stormjib_checkpoint.storage import Local
-from stormjib_checkpoint.writer import save_rank
 
 
 class Net(nn.Module):
@@ -128,3 +129,35 @@ def load_and_save(
     model, optimizer = build(2, shape)
     restore(Local(root), point, model, optimizer)
     leave(rank, world, model, optimizer, other, "0.1", path)
+
+
+def engine_save(rank: int, world: int, shape: tuple[int, ...], root: str, path: str) -> None:
+    """Save step 2 by an engine and train on at once; the gathered state of step 2 is in `path`."""
+    model, optimizer = build(1, shape)
+    engine = Engine(root)
+    engine.prepare(model, optimizer)
+    step(model, optimizer)
+    for number in (2, 3):
+        step(model, optimizer)
+        if number == 2:
+            dump(rank, model, optimizer, path)
+        newest = engine.async_save(collect(model, optimizer), step=number, train={"step": number})
+        if number == 2:
+            first = newest
+    for _ in range(3):
+        step(model, optimizer)
+    for one in (first, newest):
+        one.upload_completion.result(20)
+        assert (one.point is not None) == (rank == 0), "rank 0 commits"
+    assert engine.generation == "0.1"
+    engine.close()
+
+
+def engine_restore(rank: int, world: int, shape: tuple[int, ...], root: str, path: str) -> None:
+    """The newest step is damaged: all ranks take the one before."""
+    model, optimizer = build(2, shape)
+    engine = Engine(root)
+    assert engine.restore(model, optimizer) == {"step": 2}
+    assert engine.generation == "0.3"
+    dump(rank, model, optimizer, path)
+    engine.close()

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fakes.saving import save_rank
 from stormjib_checkpoint.commit import commit_step
 from stormjib_checkpoint.reader import load
-from stormjib_checkpoint.writer import save_rank
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

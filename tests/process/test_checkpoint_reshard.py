@@ -82,3 +82,14 @@ def test_of_replicas_one_writes_and_any_layout_loads(tmp_path: Path) -> None:
     target = tmp_path / "loaded.safetensors"
     gloo.run(3, tmp_path, fsdp_ranks.load, (3,), str(tmp_path / "job"), point, str(target))
     assert equal(tmp_path / "saved.safetensors", target)
+
+
+def test_an_engine_saves_while_ranks_train_on_and_all_fall_back_together(tmp_path: Path) -> None:
+    root, target = tmp_path / "job", tmp_path / "loaded.safetensors"
+    gloo.run(3, tmp_path, fsdp_ranks.engine_save, (3,), str(root), str(tmp_path / "saved.safetensors"))
+    file = root / "step-00000003/g0.1/rank-00001.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    gloo.run(2, tmp_path, fsdp_ranks.engine_restore, (2,), str(root), str(target))
+    assert equal(tmp_path / "saved.safetensors", target)

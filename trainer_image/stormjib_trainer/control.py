@@ -49,11 +49,14 @@ class Control:
             self._page.loss = loss  # first: whoever sees the step may want its loss
             self._page.step = step
 
-    def saved(self, step: int) -> None:
-        """This rank's file of a step is on the storage."""
+    def saving(self, step: int) -> None:
+        """This rank's part of a step is on its way."""
         self._saved = step
+
+    def saved(self, step: int) -> None:
+        """This rank's part of a step is on the storage. From any thread."""
         if self._page:
-            self._page.saved = step
+            self._page.saved = max(self._page.saved, step)
 
     def stop(self, step: int) -> bool:
         """Whether this rank was asked to stop after `step` or an earlier one."""

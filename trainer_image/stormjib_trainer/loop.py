@@ -26,6 +26,8 @@ from stormjib_trainer.step import agree, backward, clip
 from stormjib_trainer.validate import validate
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
     from stormjib_checkpoint.tensors import Value
@@ -79,15 +81,18 @@ class Run:
         self.optimizer = Optimizer(self.model, config.optimizer, config.train.steps)
         self.watch = Watch(env, config.train.batch, self.replicas, self.device)
         self.watch.attach(self.model, self.optimizer.tensors())
-        self.checkpoints = Checkpoints(env, self.report, self.device)
+        weights: dict[str, Value] = {f"model.{name}": p for name, p in self.model.named_parameters()}
+        self.state = weights | self.optimizer.state()
+        """All tensors of a checkpoint, sharded; they share memory with model and optimizer, so it never changes."""
+        self.checkpoints = Checkpoints(env, self.report, control)
         self.done = 0
-        self.fed: dict[int, list[int]] = {}
+        self.fed: dict[int, Sequence[int]] = {}
         """step -> sample ids that this rank fed to the model, since the last save."""
 
     def resume(self, met_s: float) -> None:
         """Go on from the checkpoint that this generation resumes from, where there is one. Tells how the start went:
         `met_s` is the time from the start of the process to its first collective."""
-        saved = self.checkpoints.resume(self.state())
+        saved = self.checkpoints.resume(self.state)
         if saved is not None:
             self.done = saved["step"]
             self.check_same_run(saved)
@@ -103,12 +108,14 @@ class Run:
             if agreed.stop or agreed.save or self.done == last or self.checkpoints.due(self.done):
                 self.save()
             if agreed.stop and self.done < last:
+                self.checkpoints.finish()
                 self.report.event("stopped", step=self.done)
                 return EXIT_STOPPED
             every = self.config.validation.every
             if every and self.done % every == 0 and self.done < last:
                 self.validate("validated")
         self.validate("done")
+        self.checkpoints.finish()
         return 0
 
     def step(self, step: int) -> Agreed:
@@ -160,24 +167,17 @@ class Run:
         raise RolledBack(f"step {step}: {ruling.why}; the newest step that is trusted is {trusted}")
 
     def save(self) -> None:
-        """Leave this rank's part of the state on the storage, and say so."""
+        """Begin to save this rank's part of the state; training goes on meanwhile."""
         self.control.phase(RankPhase.CHECKPOINT)
-        began = time.perf_counter()
-        if self.checkpoints.save(self.done, self.state(), self.train_record(), self.fed):
+        if self.checkpoints.save(self.done, self.state, self.train_record(), self.fed):
             self.fed = {}
-            self.control.saved(self.done)
-            self.report.event("saved", step=self.done, time_ms=_ms(time.perf_counter() - began))
+            self.control.saving(self.done)
 
     def validate(self, event: str) -> None:
         """Loss on text that is never trained on."""
         self.control.phase(RankPhase.EVALUATION)
         nats = validate(self.model, self.text, self.config.validation.sequences, self.device)
         self.report.event(event, step=self.done, val_nats_per_byte=nats)
-
-    def state(self) -> dict[str, Value]:
-        """All tensors of a checkpoint, sharded; they share memory with model and optimizer."""
-        weights: dict[str, Value] = {f"model.{name}": p for name, p in self.model.named_parameters()}
-        return weights | self.optimizer.state()
 
     def train_record(self) -> dict[str, Any]:
         """What a checkpoint holds beside tensors."""

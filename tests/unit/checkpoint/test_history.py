@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fakes.disk import Disk
+from fakes.saving import save_rank
 from fakes.training import WORLD, loads, plan, save, train
 from stormjib_checkpoint import layout
 from stormjib_checkpoint.commit import Pending, commit_step, commit_when_complete
@@ -26,7 +27,6 @@ from stormjib_checkpoint.layout import GenerationId
 from stormjib_checkpoint.ledger import audit
 from stormjib_checkpoint.opening import open_generation, open_next
 from stormjib_checkpoint.storage import Local
-from stormjib_checkpoint.writer import save_rank
 
 
 @pytest.fixture

@@ -11,15 +11,16 @@ from hypothesis import strategies as st
 
 from fakes.disk import Disk
 from fakes.meshes import Mesh, dtypes, filled, held, meshes, raw, shapes
-from stormjib_checkpoint import writer
+from fakes.saving import save_parts
 from stormjib_checkpoint.boxes import whole
 from stormjib_checkpoint.commit import commit_step
+from stormjib_checkpoint.engine import arena
 from stormjib_checkpoint.errors import Inconsistent
 from stormjib_checkpoint.layout import GenerationId
 from stormjib_checkpoint.opening import open_generation
 from stormjib_checkpoint.reader import Checkpoint
 from stormjib_checkpoint.storage import Local
-from stormjib_checkpoint.writer import Part, save_parts
+from stormjib_checkpoint.writer import Part
 
 if TYPE_CHECKING:
     from stormjib_checkpoint.tensors import Held
@@ -45,7 +46,7 @@ def test_what_one_mesh_saves_another_loads(
     target: Mesh,
     piece: int,
 ) -> None:
-    monkeypatch.setattr(writer, "PIECE_BYTES", piece)
+    monkeypatch.setattr(arena, "PIECE_BYTES", piece)
     storage = Local("/job", Disk())
     open_generation(storage, "1.1", "uid")
     atoms = {f"model.{i}": filled(shape, dtype, i) for i, (shape, dtype) in enumerate(kinds)}

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from fakes.saving import save_rank
 from stormjib_checkpoint.commit import commit_step
 from stormjib_checkpoint.errors import StateMismatch, UnsupportedState
 from stormjib_checkpoint.opening import open_next
@@ -18,7 +19,6 @@ from stormjib_checkpoint.reader import load
 from stormjib_checkpoint.state import collect, restore
 from stormjib_checkpoint.storage import Local
 from stormjib_checkpoint.tensors import TAGS
-from stormjib_checkpoint.writer import save_rank
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

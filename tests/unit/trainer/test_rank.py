@@ -79,14 +79,17 @@ def test_a_stop_is_asked_for_once_its_step_is_reached(page: Page) -> None:
     assert [control.stop(step) for step in (11, 12, 13)] == [False, True, True]
 
 
-def test_a_save_is_asked_for_until_it_is_done(page: Page) -> None:
+def test_a_save_is_asked_for_until_it_has_begun(page: Page) -> None:
     control = Control(page)
     assert not control.save(10)
     page.save_at = 12
     assert [control.save(step) for step in (11, 12, 13)] == [False, True, True]
-    control.saved(13)
+    control.saving(13)
     assert not control.save(14)
-    assert page.saved == 13
+    assert page.saved < 13, "it is on its way"
+    for durable in (13, 12):
+        control.saved(durable)
+        assert page.saved == 13, "the newest, in whatever order they are told"
 
 
 def test_the_page_says_what_the_rank_does(page: Page) -> None:

@@ -1,0 +1,78 @@
+"""The gate before the optimizer: whatever torch optimizer wants to step, in whatever script, waits until the step is staged.
+
+Through torch's global hook, so the script needs no change. Optimizers that are not torch's do not pass it: what they hold is compared.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.distributed.tensor import DTensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch.optim import Optimizer
+
+
+class Gate:
+    """Shut while a step is being copied. Knows the optimizers that have passed it, or were named."""
+
+    def __init__(self) -> None:
+        self._open = threading.Event()
+        self._open.set()
+        self._optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self._hook = register_optimizer_step_pre_hook(self._before_step)
+        self.waited_s = 0.0
+        """In all, by whoever wanted to pass."""
+
+    def know(self, optimizer: Optimizer) -> None:
+        """Trust that this optimizer passes the gate, where torch has hooked its `step`."""
+        if getattr(type(optimizer).step, "hooked", False):
+            self._optimizers.add(optimizer)
+
+    def shut(self) -> None:
+        self._open.clear()
+
+    def open(self) -> None:
+        self._open.set()
+
+    def wait(self) -> None:
+        """Before anything that changes the state: until what is being copied is staged."""
+        if self._open.is_set():
+            return
+        began = time.perf_counter()
+        self._open.wait()
+        self.waited_s += time.perf_counter() - began
+
+    def guarded(self) -> set[int]:
+        """Addresses of the memory that only optimizers behind this gate change."""
+        found = {_address(tensor) for optimizer in list(self._optimizers) for tensor in _held_by(optimizer)}
+        return found - {0}
+
+    def close(self) -> None:
+        """Take the hook away."""
+        self._hook.remove()
+        self._open.set()
+
+    def _before_step(self, optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+        self._optimizers.add(optimizer)
+        self.wait()
+
+
+def _held_by(optimizer: Optimizer) -> Iterator[torch.Tensor]:
+    for group in optimizer.param_groups:
+        yield from group["params"]
+    for state in list(optimizer.state.values()):
+        yield from (value for value in list(state.values()) if isinstance(value, torch.Tensor))
+
+
+def _address(tensor: torch.Tensor) -> int:
+    with torch.no_grad():
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local.untyped_storage().data_ptr()

@@ -1,0 +1,73 @@
+"""What a state is made of, found out once and kept for as long as it stays so."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from stormjib_checkpoint.image import Image, image_of
+from stormjib_checkpoint.writer import split
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping, Sequence
+
+    from stormjib_checkpoint.tensors import Value
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where the tensors of a state go."""
+
+    names: list[str]
+    """Of the whole state, in its own order."""
+    image: Image
+    shapes: list[torch.Size]
+    """Of the parts, unsharded."""
+    volatile: frozenset[str]
+    """Parts that training changes at any time."""
+
+    def tensors(self, state: Mapping[str, Value]) -> list[torch.Tensor]:
+        """The tensors of the parts, in the order of the file."""
+        return [state[part.name] for part in self.image.parts]
+
+    def seems_to_fit(self, state: Mapping[str, Value]) -> bool:
+        """Whether names and shapes are those of the plan: what can be told in a fraction of a millisecond."""
+        if list(state) != self.names:
+            return False
+        found = self.tensors(state)
+        return all(map(torch.is_tensor, found)) and [tensor.shape for tensor in found] == self.shapes
+
+    def locals_of(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
+        """This rank's parts of the tensors; None where one is of another type, or cut otherwise, than was planned."""
+        with torch.no_grad():
+            found = [local_of(tensor) for tensor in tensors]
+        fits = (
+            (local.shape, local.dtype, local.device) == (p.local.shape, p.local.dtype, p.local.device)
+            for local, p in zip(found, self.image.parts, strict=True)
+        )
+        return found if all(fits) else None
+
+
+def plan(
+    state: Mapping[str, Value], rank: int, world: int, patterns: Collection[str], buffers: Collection[int]
+) -> Plan:
+    """Plan a state. `patterns` and `buffers` (addresses) say which of its tensors are volatile. Raises UnsupportedState."""
+    held, _ = split(state, rank, world)
+    file = image_of(held, rank)
+    volatile = (
+        part.name
+        for part in file.parts
+        if part.local.untyped_storage().data_ptr() in buffers
+        or any(fnmatchcase(part.name, pattern) for pattern in patterns)
+    )
+    shapes = [state[part.name].shape for part in file.parts]
+    return Plan(list(state), file, shapes, frozenset(volatile))
+
+
+def local_of(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a tensor; to be called where no gradients are recorded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

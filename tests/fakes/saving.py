@@ -1,0 +1,58 @@
+"""A save without an engine: staged whole, then flushed by one thread, so that every run does the same operations in the same order."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from stormjib_checkpoint import layout
+from stormjib_checkpoint.engine.arena import Arena
+from stormjib_checkpoint.engine.flush import Handover, flush
+from stormjib_checkpoint.engine.staging import stage
+from stormjib_checkpoint.image import image_of
+from stormjib_checkpoint.layout import GenerationId
+from stormjib_checkpoint.writer import Part, checked_ids, leave_record, split, told_as_saved
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from stormjib_checkpoint.records import Json
+    from stormjib_checkpoint.storage import Storage
+    from stormjib_checkpoint.tensors import Held, Value
+
+
+def save_rank(
+    storage: Storage,
+    *,
+    step: int,
+    generation: str,
+    rank: int,
+    world: int,
+    state: Mapping[str, Value],
+    train: Mapping[str, Json],
+    samples: Mapping[int, Sequence[int]],
+    attempt: str = "",
+) -> None:
+    """Leave this rank's part of `step`; nobody commits."""
+    parts, scalars = split(state, rank, world)
+    who = Part(step, GenerationId.parse(generation), rank, world, attempt)
+    save_parts(storage, who, parts, scalars, train, samples)
+
+
+def save_parts(
+    storage: Storage,
+    who: Part,
+    parts: Sequence[Held],
+    scalars: Mapping[str, Json],
+    train: Mapping[str, Json],
+    samples: Mapping[int, Sequence[int]],
+) -> None:
+    """As `save_rank`, for boxes that the caller has cut itself."""
+    ids = checked_ids(samples)
+    file = image_of(parts, who.rank)
+    arena, handover = Arena(file.size), Handover()
+    stage(file, [part.local for part in file.parts], arena, handover.put)
+    handover.end()
+    path = f"{layout.folder(who.step, who.generation)}/{layout.rank_data(who.rank)}"
+    with told_as_saved(who):
+        data = flush(storage, path, file.size, arena, handover, writers=1)
+        leave_record(storage, who, data, file.atoms, scalars, train, ids)

@@ -1,0 +1,66 @@
+"""A process that saves is killed at any moment, or ends without waiting: the newest committed step loads, whole."""
+
+from __future__ import annotations
+
+import random
+import signal
+from typing import TYPE_CHECKING
+
+import pytest
+import pytest_asyncio
+import torch
+
+from fakes.agents import SCRIPTS
+from fakes.warm import Warm
+from stormjib_checkpoint.history import committed
+from stormjib_checkpoint.reader import load
+from stormjib_checkpoint.storage import Local
+from stormjib_checkpoint.verify import verify
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+pytestmark = pytest.mark.timeout(120)
+SCRIPT = str(SCRIPTS / "saving.py")
+KILLS = 12
+
+
+@pytest_asyncio.fixture(loop_scope="module", scope="module")
+async def warm(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Warm]:
+    async with Warm(tmp_path_factory.mktemp("warm")) as one:
+        yield one
+
+
+def newest_is_whole(root: Path) -> int:
+    storage = Local(root)
+    point = committed(storage)[0]
+    assert [flaw for _, flaw in verify(storage, point)] == [None]
+    state = {"table": torch.zeros(3_000_000)}
+    assert load(storage, point, state) == {"step": point.step}
+    assert bool((state["table"] == point.step).all())
+    return point.step
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_a_save_that_was_begun_is_finished_when_the_script_ends(warm: Warm, tmp_path: Path) -> None:
+    done = await warm.fork(SCRIPT, str(tmp_path), "3")
+    assert (done.exit, done.err) == (0, "")
+    assert newest_is_whole(tmp_path) == 3
+    done = await warm.python(SCRIPT, str(tmp_path), "2")
+    assert (done.exit, done.err) == (0, "")
+    assert newest_is_whole(tmp_path) == 5
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_killed_at_any_moment_it_goes_on_from_a_whole_step(warm: Warm, tmp_path: Path) -> None:
+    chance = random.Random(7)
+    reached = 0
+    for _ in range(KILLS):
+        done = await warm.fork(SCRIPT, str(tmp_path), "1000000", str(chance.uniform(0.05, 0.6)))
+        assert done.exit == -signal.SIGALRM, done.err
+        if committed(Local(tmp_path)):
+            found = newest_is_whole(tmp_path)
+            assert found >= reached
+            reached = found
+    assert reached > 5
