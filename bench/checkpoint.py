@@ -262,18 +262,23 @@ def rows(case: str, tallies: dict[str, Tally], gigabytes: float) -> list[Row]:
     found: list[Row] = []
     for name, tally in tallies.items():
         lost = [1e3 * value for value in tally.lost_s]
-        found.append(Row.of("lost", case, name, lost, "ms"))
-        low, high = interval(lost)
-        found.append(
-            Row("lost, 95 %", case, name, _r(statistics.median(lost)), _r(low), _r(high), len(lost), "ms")
-        )
-        found.append(Row.of("call and waits", case, name, [1e3 * value for value in tally.hot_s], "ms"))
-        found.append(Row.of("durable", case, name, tally.durable_s, "s"))
-        found.append(Row.of("rate", case, name, [gigabytes / value for value in tally.durable_s], "GB/s"))
-        found.append(Row.of("CPU", case, name, tally.cpu_s_per_gb, "s/GB"))
-        found.append(Row.of("first save", case, name, tally.first_s, "s"))
-        found.append(Row.of("start", case, name, tally.start_s, "s"))
+        found += [
+            Row.of("lost", case, name, lost, "ms"),
+            Row("lost, 95 %", case, name, *middle_and_interval(lost), len(lost), "ms"),
+            Row.of("call and waits", case, name, [1e3 * value for value in tally.hot_s], "ms"),
+            Row.of("durable", case, name, tally.durable_s, "s"),
+            Row.of("rate", case, name, [gigabytes / value for value in tally.durable_s], "GB/s"),
+            Row.of("CPU", case, name, tally.cpu_s_per_gb, "s/GB"),
+            Row.of("first save", case, name, tally.first_s, "s"),
+            Row.of("start", case, name, tally.start_s, "s"),
+        ]
     return found
+
+
+def middle_and_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """The median and its 95 % interval."""
+    low, high = interval(values)
+    return _r(statistics.median(values)), _r(low), _r(high)
 
 
 def disk(folder: Path, gigabytes: float, rounds: int) -> list[Row]:
@@ -362,7 +367,7 @@ def run(folder: Path, options: argparse.Namespace, only: Sequence[str], pairs: i
         torch.set_num_threads((os.cpu_count() or 2) - (cores == "spare"))
         inner = folder / cores
         inner.mkdir()
-        case = f"{gigabytes:.2f} GB, {len(state)} tensors, {options.forward_ms:g} ms, {cores} core"
+        case = f"{gigabytes:.2f} GB, {options.forward_ms:g} ms, {cores}"
         found += rows(case, measured(inner, state, options.forward_ms, only, pairs), gigabytes)
         shutil.rmtree(inner)
     return found
