@@ -30,6 +30,7 @@ from rich.console import Console
 from bench.health_cost import interval
 from bench.savers import Nothing, savers
 from bench.table import Row, show, write_json
+from stormjib_checkpoint.engine.arena import Arena
 from stormjib_checkpoint.files import Posix
 
 if TYPE_CHECKING:
@@ -283,8 +284,10 @@ def middle_and_interval(values: Sequence[float]) -> tuple[float, float, float]:
 
 def disk(folder: Path, gigabytes: float, rounds: int) -> list[Row]:
     """The disk's own rate: threads times length of a write, past the page cache, synced; in random turns."""
-    data = torch.randint(0, 255, (int(gigabytes * GB) // 4096 * 4096,), dtype=torch.uint8)
-    view = memoryview(data.numpy())  # type: ignore[arg-type]
+    arena = Arena(int(gigabytes * GB))  # pages of its own, as direct I/O wants them
+    arena.touch()
+    torch.frombuffer(arena.view, dtype=torch.uint8).random_(0, 255)
+    view = arena.view
     combinations = list(itertools.product((1, 2, 4), (4, 16, 64)))
     rates: dict[tuple[int, int], list[float]] = {one: [] for one in combinations}
     for _ in range(rounds):

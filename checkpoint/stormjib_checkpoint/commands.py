@@ -1,78 +1,143 @@
-"""`stormjib ckpt`: look at the checkpoints of a job, prove them, audit its samples. Reads only."""
+"""`stormjib ckpt`: look at the checkpoints of a job, prove them, audit its samples, finish what it left, delete what is old."""
 
 from __future__ import annotations
 
 import contextlib
+from json import dumps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
-from stormjib_checkpoint import history, layout, verify
+from stormjib_checkpoint import commit, history, layout, retention, verify
 from stormjib_checkpoint.errors import CheckpointError
 from stormjib_checkpoint.ledger import audit as read_audit
 from stormjib_checkpoint.step import CommittedStep
 from stormjib_checkpoint.storage import Local, Storage
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterator
 
     from stormjib_checkpoint.format import ResumePoint
 
-app = typer.Typer(no_args_is_help=True, help="Checkpoints of a job: list, show, verify, audit.")
+app = typer.Typer(no_args_is_help=True, help="Checkpoints of a job: list, show, verify, audit, finish, gc.")
 _out = Console(soft_wrap=True)
 
 Root = Annotated[
     Path, typer.Argument(help="The job's folder: <storage>/<namespace>/<job>.", exists=True, file_okay=False)
 ]
+AsJson = Annotated[bool, typer.Option("--json", help="JSON instead of a table.")]
+Keep = Annotated[int, typer.Option(min=2, help="Committed steps to keep.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be deleted.")]
 Step = Annotated[int | None, typer.Option(help="A committed step of the history; the newest if left out.")]
 
 
 @app.command()
-def ls(root: Root) -> None:
+def ls(root: Root, json: AsJson = False) -> None:
     """List every save, newest last: committed and in the history, or why it does not count."""
     storage = Local(root)
     with _told():
         points = {(p.step, p.generation) for p in history.committed(storage)}
-        table = Table("step", "generation", "world", "GB", "state", box=None)
-        for step, generation in history.saves(storage):
-            figures = _figures(storage, step, generation)
-            state = _state(figures, (step, str(generation)) in points)
-            table.add_row(str(step), str(generation), *figures, state)
+        rows = [_row(storage, step, generation, points) for step, generation in history.saves(storage)]
+    if json:
+        _json(rows)
+        return
+    table = Table("step", "generation", "world", "GB", "state", box=None)
+    for row in rows:
+        size = "" if row["bytes"] is None else f"{row['bytes'] / 1e9:.3f}"
+        table.add_row(str(row["step"]), row["generation"], str(row["world"] or ""), size, row["state"])
     _out.print(table)
 
 
 @app.command()
-def show(root: Root, step: Step = None) -> None:
+def show(root: Root, step: Step = None, json: AsJson = False) -> None:
     """Show what a committed step holds: every tensor with type, shape and the ranks that wrote it; every scalar."""
     storage = Local(root)
     with _told():
         point = _point(storage, step)
         content = CommittedStep(storage, point).atoms()
+    tensors: dict[str, dict[str, Any]] = {
+        name: {
+            "dtype": atom.dtype,
+            "shape": list(atom.shape),
+            "ranks": [stored.rank for stored in atom.boxes],
+        }
+        for name, atom in content.atoms.items()
+    }
+    if json:
+        _json({**point._asdict(), "tensors": tensors, "scalars": content.scalars})
+        return
     _out.print(f"step {point.step} of generation {point.generation}, manifest {point.digest}")
     table = Table("name", "type", "shape", "ranks", box=None)
-    for name, atom in content.atoms.items():
-        ranks = ",".join(str(stored.rank) for stored in atom.boxes)
-        table.add_row(name, atom.dtype, "x".join(map(str, atom.shape)) or "scalar", ranks)
+    for name, tensor in tensors.items():
+        shape = "x".join(map(str, tensor["shape"])) or "scalar"
+        table.add_row(name, tensor["dtype"], shape, ",".join(map(str, tensor["ranks"])))
     _out.print(table)
     for name, value in content.scalars.items():
         _out.print(f"{name} = {value!r}", markup=False, highlight=False)
 
 
 @app.command(name="verify")
-def verify_step(root: Root, step: Step = None) -> None:
+def verify_step(root: Root, step: Step = None, json: AsJson = False) -> None:
     """Read every byte of a committed step and prove it. Exit code 1 and the file's name where it is damaged."""
     storage = Local(root)
     with _told():
         point = _point(storage, step)
-        flaws = [(path, flaw) for path, flaw in verify.verify(storage, point) if flaw is not None]
-    for path, flaw in flaws:
+        world = CommittedStep(storage, point).manifest.world
+        shown = Console(stderr=True)
+        files = track(
+            verify.verify(storage, point),
+            "reading",
+            world,
+            console=shown,
+            transient=True,
+            disable=not shown.is_terminal,
+        )
+        flaws = {path: flaw for path, flaw in files if flaw is not None}
+    if json:
+        _json({**point._asdict(), "damage": flaws})
+    for path, flaw in flaws.items() if not json else ():
         _out.print(f"{path}: {flaw}", markup=False)
     if flaws:
         raise typer.Exit(1)
-    _out.print(f"step {point.step} of generation {point.generation} is whole")
+    if not json:
+        _out.print(f"step {point.step} of generation {point.generation} is whole")
+
+
+@app.command()
+def finish(root: Root) -> None:
+    """Commit what the highest generation left complete and uncommitted, and say why the rest cannot be. For a job that is gone:
+    its next generation does the same by itself."""
+    storage = Local(root)
+    with _told():
+        newest = history.highest(storage)
+        if newest is None:
+            raise typer.BadParameter(f"nothing was ever saved in {root}")
+        before = {point.step for point in history.committed(storage)}
+        given_up = commit.finish(storage, newest.generation)
+        after = sorted({point.step for point in history.committed(storage)} - before)
+    for why in given_up:
+        _out.print(f"given up: {why}", markup=False)
+    _out.print(f"committed: {', '.join(map(str, after)) or 'nothing new'}")
+
+
+@app.command()
+def gc(root: Root, keep: Keep = 2, dry_run: DryRun = False) -> None:
+    """Delete old saves as the job itself does: never the newest two, what it resumed from, or the ledger."""
+    storage = Local(root)
+    with _told():
+        newest = history.highest(storage)
+        if newest is None:
+            raise typer.BadParameter(f"nothing was ever saved in {root}")
+        generation = str(newest.generation)
+        folders = retention.doomed(storage, generation, keep) if dry_run else None
+        deleted = retention.retain(storage, generation, keep) if folders is None else folders
+    for folder in deleted:
+        _out.print(folder)
+    _out.print(f"{len(deleted)} saves {'would be ' if dry_run else ''}deleted")
 
 
 @app.command()
@@ -91,19 +156,22 @@ def audit(root: Root) -> None:
         raise typer.Exit(1)
 
 
-def _figures(storage: Storage, step: int, generation: layout.GenerationId) -> tuple[str, str]:
-    """World size and gigabytes, by the manifest; nothing where there is none."""
+def _row(
+    storage: Storage, step: int, generation: layout.GenerationId, points: Collection[tuple[int, str]]
+) -> dict[str, Any]:
+    """One save: its world size and bytes by the manifest, None where there is none."""
+    row: dict[str, Any] = {"step": step, "generation": str(generation), "world": None, "bytes": None}
     point = history.manifest_point(storage, step, generation)
     if point is None:
-        return "", ""
+        return row | {"state": "not committed"}
     manifest = CommittedStep(storage, point).manifest
-    return str(manifest.world), f"{sum(manifest.data.values()) / 1e9:.3f}"
+    counts = (step, str(generation)) in points
+    state = "committed" if counts else "committed, but in no living history"
+    return row | {"world": manifest.world, "bytes": sum(manifest.data.values()), "state": state}
 
 
-def _state(figures: tuple[str, str], counts: bool) -> str:
-    if counts:
-        return "committed"
-    return "committed, but in no living history" if figures[0] else "not committed"
+def _json(value: object) -> None:
+    print(dumps(value, indent=1))
 
 
 def _point(storage: Storage, step: int | None) -> ResumePoint:

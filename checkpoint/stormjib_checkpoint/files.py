@@ -77,9 +77,10 @@ class Posix:
         try:
             return os.pwrite(descriptor, data, offset)
         except OSError as error:
-            flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
-            if error.errno != errno.EINVAL or not flags & os.O_DIRECT:
+            if error.errno != errno.EINVAL:
                 raise
+        flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+        # Another thread may have done it already. If it was not this, the second try says so.
         fcntl.fcntl(descriptor, fcntl.F_SETFL, flags & ~os.O_DIRECT)
         return os.pwrite(descriptor, data, offset)
 

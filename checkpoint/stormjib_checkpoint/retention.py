@@ -58,10 +58,8 @@ def plan(every: Iterable[Save], good: Iterable[Save], record: GenerationFile, ke
 def retain(storage: Storage, generation: str, keep_last: int) -> list[str]:
     """Delete what `plan` says, one save after the other; the folders deleted. Deletes nothing where superseded."""
     own = GenerationId.parse(generation)
-    good = [Save(p.step, GenerationId.parse(p.generation)) for p in committed(storage, own)]
-    every = [Save(*save) for save in saves(storage)]
     deleted: list[str] = []
-    for save in plan(every, good, read_generation(storage, own), keep_last):
+    for save in _planned(storage, own, keep_last):
         try:
             refuse_superseded(storage, own)
         except Superseded:
@@ -69,6 +67,18 @@ def retain(storage: Storage, generation: str, keep_last: int) -> list[str]:
         delete(storage, save)
         deleted.append(layout.folder(save.step, save.generation))
     return deleted
+
+
+def doomed(storage: Storage, generation: str, keep_last: int) -> list[str]:
+    """The folders that `retain` would delete."""
+    found = _planned(storage, GenerationId.parse(generation), keep_last)
+    return [layout.folder(save.step, save.generation) for save in found]
+
+
+def _planned(storage: Storage, own: GenerationId, keep_last: int) -> list[Save]:
+    good = [Save(p.step, GenerationId.parse(p.generation)) for p in committed(storage, own)]
+    every = [Save(*save) for save in saves(storage)]
+    return plan(every, good, read_generation(storage, own), keep_last)
 
 
 def delete(storage: Storage, save: Save) -> None:

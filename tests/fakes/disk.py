@@ -68,11 +68,15 @@ class Disk:
 
     def copy(self) -> Disk:
         """The disk as it is at this moment, apart from this one."""
-        twin = Disk()
+        twin = self.fresh()
         files = {id(file): _File(bytearray(file.data), file.synced) for file in self._files()}
         twin._folders = _twins(self._folders, files)
         twin._durable = _twins(self._durable, files)
         return twin
+
+    def fresh(self) -> Disk:
+        """An empty one that behaves like this."""
+        return Disk()
 
     def _files(self) -> list[_File]:
         tables = (*self._folders.values(), *self._durable.values())

@@ -56,11 +56,6 @@ class Arena:
             self._held[piece] = False
             self._changed.notify_all()
 
-    def wait_empty(self) -> None:
-        """Until no save holds any piece."""
-        with self._changed:
-            self._changed.wait_for(lambda: not any(self._held))
-
     def bytes_of(self, piece: int, size: int) -> memoryview:
         """A piece of a file of `size` bytes, filled up to the alignment of the disk."""
         start = piece * self.piece_bytes

@@ -30,6 +30,8 @@ from stormjib_checkpoint.errors import (
     DamagedCheckpoint,
     MissingCheckpoint,
     SaveError,
+    StateMismatch,
+    StorageError,
     TornCopy,
     UnsupportedState,
 )
@@ -98,6 +100,7 @@ class Engine:
     def prepare(self, model: nn.Module, optimizer: Optimizer) -> None:
         """Take the memory for the first save now, also for optimizer state that does not exist yet. Raises ArenaTooLarge."""
         self._gate.know(optimizer)
+        self._plan = None
         self._buffers |= {buffer.untyped_storage().data_ptr() for buffer in model.buffers()} - {0}
         size = self._planned(states.collect(model, optimizer)).image.size
         if not optimizer.state:
@@ -128,7 +131,8 @@ class Engine:
         train: Mapping[str, Json] | None = None,
         samples: Mapping[int, Sequence[int]] | None = None,
     ) -> Save:
-        """Save `state` (names to tensors, DTensors and JSON scalars) as it is now. `train` and `samples` as in `writer.save_rank`.
+        """Save `state` (names to tensors, DTensors and JSON scalars) as it is now. `train` is plain JSON, and rank 0's counts; `samples`
+        are the ids that this rank fed to the model, by step, since its last save.
 
         What torch's optimizers change may be changed by them at once: they wait for the copy. Before any other change call `guard`.
         A tensor that changed while it was copied fails the save with TornCopy, which the next call raises too; other failures are
@@ -208,8 +212,7 @@ class Engine:
 
     def _have(self, size: int) -> Arena:
         if self._arena is None or self._arena.size < size:
-            if self._arena is not None:
-                self._arena.wait_empty()
+            wait([save.upload_completion for save in self._saves])
             self._arena = None  # before the larger one: never two at a time
             self._arena = Arena(size)
         return self._arena
@@ -236,7 +239,10 @@ class Engine:
             _log.warning("step %d is not committed: %s", save.step, error)
             return
         save.figures.committed_s = save.age_s()
-        retain(self.storage, self.generation, self._keep_last)
+        try:
+            retain(self.storage, self.generation, self._keep_last)
+        except StorageError as error:  # the step is committed whatever becomes of the old ones
+            _log.warning("old steps are not deleted: %s", error)
 
     def _open(self, refused: Sequence[str]) -> None:
         note = ""
@@ -252,7 +258,11 @@ class Engine:
         refused: list[str] = []
         while self.resume is not None:
             self._half_loaded = True
-            found, problem = _tried(attempt, self.resume)
+            try:
+                found, problem = _tried(attempt, self.resume)
+            except StateMismatch:
+                self._half_loaded = False  # told by the index, before the first byte
+                raise
             if group.all_agree(found is not None):
                 self._half_loaded = False
                 return found

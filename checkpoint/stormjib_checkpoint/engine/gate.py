@@ -5,9 +5,9 @@ Through torch's global hook, so the script needs no change. Optimizers that are 
 
 from __future__ import annotations
 
-import threading
 import time
 import weakref
+from concurrent.futures import wait
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,13 +19,18 @@ if TYPE_CHECKING:
 
     from torch.optim import Optimizer
 
+    from stormjib_checkpoint.engine.workers import Job
+
 
 class Gate:
-    """Shut while a step is being copied. Knows the optimizers that have passed it, or were named."""
+    """Shut while a step is being copied. Knows the optimizers that have passed it, or were named.
+
+    Who comes while nobody has begun to copy does it: where no core is spare the copying thread may have to wait for one, and this one
+    has nothing better to do.
+    """
 
     def __init__(self) -> None:
-        self._open = threading.Event()
-        self._open.set()
+        self._copying: list[Job] = []
         self._optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._hook = register_optimizer_step_pre_hook(self._before_step)
         self.waited_s = 0.0
@@ -36,18 +41,18 @@ class Gate:
         if getattr(type(optimizer).step, "hooked", False):
             self._optimizers.add(optimizer)
 
-    def shut(self) -> None:
-        self._open.clear()
-
-    def open(self) -> None:
-        self._open.set()
+    def shut(self, copying: Job) -> None:
+        """Until this is done, and what it was shut for before."""
+        self._copying = [job for job in self._copying if not job.future.done()] + [copying]
 
     def wait(self) -> None:
         """Before anything that changes the state: until what is being copied is staged."""
-        if self._open.is_set():
+        if all(job.future.done() for job in self._copying):
             return
         began = time.perf_counter()
-        self._open.wait()
+        for job in self._copying:  # in their order: a later one may need the room of an earlier one
+            job.do()
+            wait([job.future])
         self.waited_s += time.perf_counter() - began
 
     def guarded(self) -> set[int]:
@@ -58,7 +63,6 @@ class Gate:
     def close(self) -> None:
         """Take the hook away."""
         self._hook.remove()
-        self._open.set()
 
     def _before_step(self, optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
         self._optimizers.add(optimizer)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
@@ -28,7 +28,7 @@ class Plan:
     shapes: list[torch.Size]
     """Of the parts, unsharded."""
     volatile: frozenset[str]
-    """Parts that training changes at any time."""
+    """Tensors that training changes at any time."""
 
     def tensors(self, state: Mapping[str, Value]) -> list[torch.Tensor]:
         """The tensors of the parts, in the order of the file."""
@@ -46,8 +46,8 @@ class Plan:
         with torch.no_grad():
             found = [local_of(tensor) for tensor in tensors]
         fits = (
-            (local.shape, local.dtype, local.device) == (p.local.shape, p.local.dtype, p.local.device)
-            for local, p in zip(found, self.image.parts, strict=True)
+            (local.shape, local.dtype) == (part.local.shape, part.local.dtype)
+            for local, part in zip(found, self.image.parts, strict=True)
         )
         return found if all(fits) else None
 
@@ -57,15 +57,16 @@ def plan(
 ) -> Plan:
     """Plan a state. `patterns` and `buffers` (addresses) say which of its tensors are volatile. Raises UnsupportedState."""
     held, _ = split(state, rank, world)
-    file = image_of(held, rank)
-    volatile = (
+    volatile = {
         part.name
-        for part in file.parts
+        for part in held
         if part.local.untyped_storage().data_ptr() in buffers
         or any(fnmatchcase(part.name, pattern) for pattern in patterns)
-    )
+    }
+    # The plan outlives the save, so it must not keep a model's memory alive: types and shapes are enough.
+    file = image_of([replace(part, local=part.local.to("meta")) for part in held], rank)
     shapes = [state[part.name].shape for part in file.parts]
-    return Plan(list(state), file, shapes, frozenset(volatile))
+    return Plan(list(state), file, shapes, frozenset(volatile & {part.name for part in file.parts}))
 
 
 def local_of(tensor: torch.Tensor) -> torch.Tensor:

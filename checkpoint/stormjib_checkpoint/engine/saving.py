@@ -12,7 +12,7 @@ from stormjib_checkpoint import layout
 from stormjib_checkpoint.engine import torn
 from stormjib_checkpoint.engine.flush import Handover, flush
 from stormjib_checkpoint.engine.staging import stage
-from stormjib_checkpoint.engine.workers import Workers
+from stormjib_checkpoint.engine.workers import Job, Workers
 from stormjib_checkpoint.errors import SaveError, TornCopy
 from stormjib_checkpoint.writer import leave_record, told_as_saved
 
@@ -96,9 +96,10 @@ class Pipeline:
     def begin(self, save: Save, taken: Taken, older: Save | None) -> None:
         """Shut the gate and let it go. `older` is the save before: steps are staged, and committed, in order."""
         handover = Handover()
-        self._gate.shut()
-        self._flush.do(save.upload_completion, lambda: self._to_storage(save, taken, older, handover))
-        self._stage.do(save.staging_completion, lambda: self._to_memory(save, taken, handover))
+        copying = Job(lambda: self._to_memory(save, taken, handover), save.staging_completion)
+        self._gate.shut(copying)
+        self._flush.put(Job(lambda: self._to_storage(save, taken, older, handover), save.upload_completion))
+        self._stage.put(copying)
 
     def close(self) -> None:
         """Wait for all saves that have begun."""
@@ -115,7 +116,6 @@ class Pipeline:
             failed = error
             raise
         finally:
-            self._gate.open()
             handover.end(failed)
 
     def _copy(self, save: Save, taken: Taken, handover: Handover) -> None:

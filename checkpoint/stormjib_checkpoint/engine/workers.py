@@ -10,7 +10,27 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-Job = tuple["Future[None]", "Callable[[], None]"]
+
+class Job:
+    """Something to do once, by whoever comes first. How it ends is in `future`."""
+
+    def __init__(self, work: Callable[[], None], future: Future[None] | None = None) -> None:
+        self.future: Future[None] = future if future is not None else Future()
+        self._work: Callable[[], None] | None = work
+        self._lock = threading.Lock()
+
+    def do(self) -> None:
+        """Do it, unless somebody has begun."""
+        with self._lock:
+            work, self._work = self._work, None
+        if work is None:
+            return
+        try:
+            work()
+        except BaseException as error:  # noqa: BLE001  whoever asks the future gets it
+            self.future.set_exception(error)
+        else:
+            self.future.set_result(None)
 
 
 class Workers:
@@ -22,9 +42,10 @@ class Workers:
         for thread in self._threads:
             thread.start()
 
-    def do(self, future: Future[None], job: Callable[[], None]) -> None:
-        """Some time; how it ends is in `future`."""
-        self._jobs.put((future, job))
+    def put(self, job: Job) -> Job:
+        """Have it done some time."""
+        self._jobs.put(job)
+        return job
 
     def close(self) -> None:
         """Wait for all that was asked, and end."""
@@ -35,29 +56,17 @@ class Workers:
 
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:
-            run(*job)
+            job.do()
             del job  # or it would keep a whole model alive until the next one
 
 
-def run(future: Future[None], job: Callable[[], None]) -> None:
-    """Do a job, and leave in `future` how it ended."""
-    try:
-        job()
-    except BaseException as error:  # noqa: BLE001  whoever asks the future gets it
-        future.set_exception(error)
-    else:
-        future.set_result(None)
-
-
-def together(threads: int, job: Callable[[], None]) -> None:
-    """The same job in several threads, this one among them; all have ended on return. Raises what one of them raised."""
+def together(threads: int, work: Callable[[], None]) -> None:
+    """The same work in several threads, this one among them; all have ended on return. Raises what one of them raised."""
     others = Workers("stormjib-write", threads - 1)
-    futures: list[Future[None]] = [Future() for _ in range(threads - 1)]
-    for future in futures:
-        others.do(future, job)
+    jobs = [others.put(Job(work)) for _ in range(threads - 1)]
     try:
-        job()
+        work()
     finally:
         others.close()
-    for future in futures:
-        future.result()
+    for job in jobs:
+        job.future.result()

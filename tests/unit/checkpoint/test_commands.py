@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING
 
 import pytest
 from typer.testing import CliRunner
 
-from fakes.training import train
+from fakes.training import save, train
 from stormjib_checkpoint.commands import app
 from stormjib_checkpoint.opening import open_generation
 from stormjib_checkpoint.storage import Local
@@ -76,6 +77,49 @@ def test_audit_counts_the_living_history_only(root: Path) -> None:
     assert code == 1
     assert "SHA-256" in text
     assert "no samples written down for steps [11]" in text
+
+
+def test_what_is_listed_shown_and_proved_comes_as_json_too(root: Path) -> None:
+    rows = json.loads(run("ls", root, "--json")[1])
+    assert [(row["step"], row["world"], row["state"]) for row in rows][:2] == [
+        (10, 2, "committed"),
+        (12, 2, "committed"),
+    ]
+    shown = json.loads(run("show", root, "--json")[1])
+    assert (shown["step"], shown["generation"]) == (12, "1.2")
+    assert shown["tensors"]["model.a"] == {"dtype": "F32", "shape": [3, 4], "ranks": [0]}
+    assert json.loads(run("verify", root, "--json")[1])["damage"] == {}
+    path = root / "step-00000012" / "g1.2" / "rank-00001.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"~")
+    code, text = run("verify", root, "--json")
+    assert code == 1
+    assert list(json.loads(text)["damage"]) == ["step-00000012/g1.2/rank-00001.safetensors"]
+
+
+def test_finish_commits_what_a_dead_job_left_complete(root: Path) -> None:
+    storage = Local(root)
+    save(storage, "1.2", 12, 14)
+    save(storage, "1.2", 14, 16)
+    (root / "step-00000016/g1.2/rank-00001.json").unlink()
+    code, text = run("finish", root)
+    assert code == 0
+    assert "committed: 14" in text
+    assert "given up: step-00000016/g1.2: rank-00001.json not written yet" in text
+    assert run("finish", root)[1].splitlines()[-1] == "committed: nothing new"
+
+
+def test_gc_deletes_what_the_job_would(root: Path) -> None:
+    storage = Local(root)
+    for step in (14, 16):
+        train(storage, "1.2", step - 2, step)
+    before = run("ls", root)[1]
+    code, text = run("gc", root, "--dry-run")
+    assert (code, text.splitlines()[-1]) == (0, "2 saves would be deleted")
+    assert run("ls", root)[1] == before
+    code, text = run("gc", root)
+    assert code == 0
+    assert text.splitlines() == ["step-00000012/g1.2", "step-00000020/g1.1", "2 saves deleted"]
+    assert run("gc", root, "--keep", 1)[0] == 2
 
 
 def test_errors_are_one_line(root: Path) -> None:

@@ -7,6 +7,7 @@ import os
 import resource
 import stat
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -185,3 +186,13 @@ def test_a_folder_is_removed_with_unfinished_writes_but_never_with_anything_else
     storage.remove_folder("a")
     storage.remove_folder("a")
     assert not (tmp_path / "a").exists()
+
+
+def test_what_is_not_aligned_goes_through_the_cache_also_from_many_threads(tmp_path: Path) -> None:
+    """Direct I/O refuses it; of two threads that are refused, one only takes the flag away."""
+    storage = Local(tmp_path)
+    data = bytes(range(256)) * 4000
+    with storage.new("a/b", len(data)) as file, ThreadPoolExecutor(8) as pool:
+        parts = [(start, memoryview(data)[start : start + 999]) for start in range(0, len(data), 999)]
+        list(pool.map(lambda part: file.write(*part), parts))
+    assert storage.read("a/b", len(data)) == data
