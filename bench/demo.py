@@ -52,6 +52,9 @@ def main() -> int:
     tables = (fault_table(report.faults), verdict_table(report.verdicts), promise_table(found))
     console.print(*tables, sep="\n")
     console.print(
+        "saves of rank 0, medians:", ", ".join(f"{key} {ms:g}" for key, ms in report.saves_ms.items())
+    )
+    console.print(
         f"report: {OUT / 'report.json'}\nloss curve: {OUT / 'loss.png'}\n{time.monotonic() - started:.0f} s in all"
     )
     return 0 if all(p.ok for p in found) else 1
@@ -113,6 +116,7 @@ def finish(scene: Scene, report: Report, marks: list[tuple[float, str]]) -> None
     steps = list(scene.follower.steps)
     report.steps, report.loss_first, report.loss_last = steps[-1].step, steps[0].loss, steps[-1].loss
     report.val_nats_per_byte = samples.validation(scene.follower.lines)
+    report.saves_ms = samples.save_times(scene.follower.lines)
     report.fork_to_collective_s = samples.fork_to_collective(scene.follower.lines)
     report.goodput = samples.goodput(steps)
     report.verdicts_without_fault = slowness.without_fault(scene, marks)

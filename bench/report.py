@@ -56,6 +56,8 @@ class Report:
     fork_to_collective_s: float | None = None
     idle_core_percent: float | None = None
     rss_mb: dict[str, float] = field(default_factory=dict)
+    saves_ms: dict[str, float] = field(default_factory=dict)
+    """Medians over the saves of rank 0."""
     faults: list[FaultRecord] = field(default_factory=list)
     verdicts: list[VerdictRecord] = field(default_factory=list)
     verdicts_without_fault: list[str] = field(default_factory=list)

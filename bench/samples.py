@@ -80,3 +80,12 @@ def goodput(steps: Sequence[Step]) -> float:
     kept = {s.step: s for s in steps}
     pace = statistics.median(b.at - a.at for a, b in itertools.pairwise(steps))
     return round(min(1.0, len(kept) * pace / (steps[-1].at - steps[0].at)), 4)
+
+
+SAVE_TIMES = ("call_ms", "wait_ms", "staged_ms", "durable_ms")
+
+
+def save_times(lines: Iterable[Line]) -> dict[str, float]:
+    """Medians over rank 0's saves: the call, what optimizers waited, until staged, and until durable; none without a save."""
+    found = [record for _, record in events(lines, "saved")]
+    return {key: round(statistics.median(r[key] for r in found), 3) for key in SAVE_TIMES} if found else {}

@@ -124,7 +124,12 @@ class Checkpoints:
 
     def _tell(self, save: Save) -> None:
         figures = save.figures
-        times = {"call_ms": figures.call_s, "staged_ms": figures.staged_s, "durable_ms": figures.durable_s}
+        times = {
+            "call_ms": figures.call_s,
+            "wait_ms": figures.waited_s,
+            "staged_ms": figures.staged_s,
+            "durable_ms": figures.durable_s,
+        }
         self._report.event("saved", step=save.step, **{key: round(s * 1e3, 2) for key, s in times.items()})
 
     def doubt(self, step: int, trusted: int, numbers: dict[str, Any]) -> None:

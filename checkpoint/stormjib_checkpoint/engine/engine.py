@@ -158,11 +158,6 @@ class Engine:
         """Call it before anything but an optimizer of torch changes what is saved: waits until the step is staged."""
         self._gate.wait()
 
-    @property
-    def waited_s(self) -> float:
-        """Seconds that optimizers and `guard` have waited so far."""
-        return self._gate.waited_s
-
     def wait(self) -> None:
         """Until no save is on its way. Raises TornCopy as `async_save` does."""
         wait([save.upload_completion for save in self._saves])

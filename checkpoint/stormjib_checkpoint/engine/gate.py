@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from torch.optim import Optimizer
 
+    from stormjib_checkpoint.engine.saving import Figures
     from stormjib_checkpoint.engine.workers import Job
 
 
@@ -30,30 +31,28 @@ class Gate:
     """
 
     def __init__(self) -> None:
-        self._copying: list[Job] = []
+        self._copying: list[tuple[Job, Figures]] = []
         self._optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._hook = register_optimizer_step_pre_hook(self._before_step)
-        self.waited_s = 0.0
-        """In all, by whoever wanted to pass."""
 
     def know(self, optimizer: Optimizer) -> None:
         """Trust that this optimizer passes the gate, where torch has hooked its `step`."""
         if getattr(type(optimizer).step, "hooked", False):
             self._optimizers.add(optimizer)
 
-    def shut(self, copying: Job) -> None:
-        """Until this is done, and what it was shut for before."""
-        self._copying = [job for job in self._copying if not job.future.done()] + [copying]
+    def shut(self, copying: Job, figures: Figures) -> None:
+        """Until this is done, and what it was shut for before. Whoever waits for it says so in `figures`."""
+        self._copying = [one for one in self._copying if not one[0].future.done()] + [(copying, figures)]
 
     def wait(self) -> None:
         """Before anything that changes the state: until what is being copied is staged."""
-        if all(job.future.done() for job in self._copying):
-            return
-        began = time.perf_counter()
-        for job in self._copying:  # in their order: a later one may need the room of an earlier one
+        for job, figures in self._copying:  # in their order: a later one may need the room of an earlier one
+            if job.future.done():
+                continue
+            began = time.perf_counter()
             job.do()
             wait([job.future])
-        self.waited_s += time.perf_counter() - began
+            figures.waited_s += time.perf_counter() - began
 
     def guarded(self) -> set[int]:
         """Addresses of the memory that only optimizers behind this gate change."""

@@ -42,6 +42,8 @@ class Figures:
     """That the call took, `busy_s` included."""
     busy_s: float = 0.0
     """That the call waited because older saves were not on the storage yet."""
+    waited_s: float = 0.0
+    """That optimizers, or `guard`, waited for its copy. With `call_s` it is what training has lost in the hot path."""
     staged_s: float = 0.0
     durable_s: float = 0.0
     """This rank's part, its record included."""
@@ -97,7 +99,7 @@ class Pipeline:
         """Shut the gate and let it go. `older` is the save before: steps are staged, and committed, in order."""
         handover = Handover()
         copying = Job(lambda: self._to_memory(save, taken, handover), save.staging_completion)
-        self._gate.shut(copying)
+        self._gate.shut(copying, save.figures)
         self._flush.put(Job(lambda: self._to_storage(save, taken, older, handover), save.upload_completion))
         self._stage.put(copying)
 

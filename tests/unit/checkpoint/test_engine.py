@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import pickle
+import sys
 import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
@@ -148,7 +151,7 @@ def test_the_optimizer_waits_until_the_last_byte_is_copied(engine: Engine) -> No
         assert stepping.is_alive()
         assert not save.staging_completion.done()
     stepping.join(SOON_S)
-    assert engine.waited_s > 0.1
+    assert save.figures.waited_s > 0.1
     assert_saved(engine, save, wanted)
     assert raw(model.table.weight) != raw(wanted["model.table.weight"])
 
@@ -437,3 +440,52 @@ def test_a_damaged_step_is_passed_over_and_with_none_left_nothing_is_saved(tmp_p
     with pytest.raises(SaveError, match="half-way"):
         last.async_save(state, step=9)
     last.close()
+
+
+OBJECT_COLLECTIVES = [name for name in dir(dist) if name.endswith(("_object", "_object_list"))]
+found_classes: list[str] = []
+watching = threading.Event()
+
+
+def audited(event: str, _: object) -> None:
+    if event == "pickle.find_class" and watching.is_set():
+        found_classes.append(event)
+
+
+sys.addaudithook(audited)
+
+
+def test_no_save_and_no_load_pickles_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sprung: list[str] = []
+
+    def trap(name: str) -> Callable[..., None]:
+        def spring(*_: object, **__: object) -> None:
+            sprung.append(name)
+            raise AssertionError(f"{name} was called")
+
+        return spring
+
+    pickling = [(pickle, name) for name in ("load", "loads", "dump", "dumps", "Unpickler", "Pickler")]
+    traps: list[tuple[Any, str]] = [*pickling, (torch, "load"), (torch, "save")]
+    traps += [(dist, name) for name in OBJECT_COLLECTIVES]
+    assert len(traps) > 12
+    for module, name in traps:
+        monkeypatch.setattr(module, name, trap(name))
+    watching.set()
+    engine = Engine(tmp_path, volatile=["ema.*"])
+    model, optimizer = trained(2)
+    engine.prepare(model, optimizer)
+    state = {**collect(model, optimizer), "ema.a": torch.randn(5)}
+    assert_saved(engine, engine.async_save(state, step=2, train={"step": 2}), copied(state))
+    engine.async_save(collect(model, optimizer), step=3)
+    engine.close()
+    again = Engine(tmp_path)
+    assert again.restore(*trained(0)) == {}
+    again.close()
+    assert (sprung, found_classes) == ([], [])
+    with pytest.raises(AssertionError, match="all_gather_object"):
+        dist.all_gather_object([], None)
+    monkeypatch.undo()
+    pickle.loads(pickle.dumps(Net))
+    watching.clear()
+    assert found_classes, "the audit hook sees what is unpickled"
