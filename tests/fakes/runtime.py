@@ -131,7 +131,9 @@ class FakeAgent:
         self.incarnation, self.version, self.last = order.incarnation, order.version, order
         self.did.append(order.do)
         same = order.generation is not None and self.generation == order.generation
-        if order.do is Do.WAIT:
+        if order.do in (Do.PREPARE, Do.RUN) and not self._mine(order):
+            self._end(AgentPhase.IDLE)
+        elif order.do is Do.WAIT:
             self._end(AgentPhase.IDLE if self.phase is not AgentPhase.STARTING else AgentPhase.STARTING)
         elif order.do is Do.FINISH:
             self._end(AgentPhase.IDLE)
@@ -142,6 +144,12 @@ class FakeAgent:
             self._run(order)
         elif order.do is Do.STOP and not self.slow_stop:
             self.stop(order)
+
+    def _mine(self, order: Order) -> bool:
+        """Whether it names this life: one for the life before the last restart may come late."""
+        members = order.generation.members if order.generation is not None else ()
+        me = (self.slot, self.number, self.pod_uid)
+        return any((member.slot, member.agent, member.pod_uid) == me for member in members)
 
     def _end(self, phase: AgentPhase) -> None:
         self.phase, self.generation, self.ranks, self.store, self.resume = phase, None, (), "", None
