@@ -154,12 +154,14 @@ class Run:
         if ruling.act is Act.ROLL_BACK:
             self.roll_back(step, ruling)
         if ruling.act is Act.FAIL:
+            self.checkpoints.finish()  # all ranks end here: what was saved before shall count
             raise CorruptedStep(_said(step, agreed, ruling))
         clip(gradients, agreed.grad_norm, self.config.optimizer.clip)
         return agreed, ruling.act
 
     def roll_back(self, step: int, ruling: Ruling) -> NoReturn:
         """Leave word for the next generation, and end."""
+        self.checkpoints.finish()
         voted = any(finding.kind is Doubt.DIGEST for finding in ruling.findings)
         trusted, numbers = self.watch.doubt(step, voted=voted)
         self.checkpoints.doubt(step, trusted, numbers)
