@@ -15,7 +15,7 @@ from stormjib_checkpoint import layout
 from stormjib_checkpoint.doubts import doubt_above, write_doubt
 from stormjib_checkpoint.engine import Engine, Save
 from stormjib_checkpoint.engine.group import from_rank_0
-from stormjib_checkpoint.errors import DamagedCheckpoint, FormatError, StateMismatch, TornCopy
+from stormjib_checkpoint.errors import DamagedCheckpoint, FormatError, StateMismatch, StorageError, TornCopy
 from stormjib_checkpoint.format import DoubtFile, ResumePoint
 from stormjib_checkpoint.layout import GenerationId
 from stormjib_checkpoint.records import decode, encode
@@ -109,7 +109,7 @@ class Checkpoints:
             self._control.saved(step)
 
     def _settle(self) -> None:
-        """Tell how the saves have ended that have."""
+        """Tell how the saves have ended that have. Raises StorageError: whoever cannot save shall not train for nothing."""
         for save, fed in self._under_way:
             if not save.upload_completion.done():
                 continue
@@ -120,6 +120,8 @@ class Checkpoints:
             else:
                 self._untold |= fed
                 self._report.event("unsaved", step=save.step, why=str(error))
+                if isinstance(error, StorageError):
+                    raise error
         self._under_way = [(save, fed) for save, fed in self._under_way if not save.upload_completion.done()]
 
     def _tell(self, save: Save) -> None:
