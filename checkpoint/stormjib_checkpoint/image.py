@@ -1,4 +1,4 @@
-"""A rank's data file before it exists: which tensor lies where in it. The same for writing it at once and for staging it in memory."""
+"""A rank's data file before it exists: which tensor lies where in it, on the storage and in the memory that it is staged in."""
 
 from __future__ import annotations
 

@@ -88,6 +88,11 @@ def _held_shard(name: str, tensor: DTensor) -> Held:
     return Held(name, TAGS[tensor.dtype], shape, box, local, primary)
 
 
+def local_of(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a tensor; to be called where no gradients are recorded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def _plain_memory(name: str, local: torch.Tensor) -> torch.Tensor:
     if local.layout is not torch.strided or local.is_quantized or local.device.type == "meta":
         raise UnsupportedState(

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from stormjib_checkpoint.layout import GenerationId
     from stormjib_checkpoint.storage import Storage
 
-_WRITE_BYTES = 8 * 1024 * 1024
 _RESERVED = "__"
 
 

@@ -23,7 +23,7 @@ from stormjib_checkpoint.commit import commit_when_complete
 from stormjib_checkpoint.engine import group, torn
 from stormjib_checkpoint.engine.arena import Arena
 from stormjib_checkpoint.engine.gate import Gate
-from stormjib_checkpoint.engine.plan import Plan, local_of, plan
+from stormjib_checkpoint.engine.plan import Plan, plan
 from stormjib_checkpoint.engine.saving import IN_FLIGHT, Pipeline, Save, Taken
 from stormjib_checkpoint.errors import (
     CommitError,
@@ -40,6 +40,7 @@ from stormjib_checkpoint.layout import GenerationId
 from stormjib_checkpoint.opening import open_next
 from stormjib_checkpoint.retention import retain
 from stormjib_checkpoint.storage import Local
+from stormjib_checkpoint.tensors import local_of
 from stormjib_checkpoint.writer import Part, checked_ids, refuse_unstorable
 
 if TYPE_CHECKING:
@@ -216,14 +217,15 @@ class Engine:
         """Forget the saves that have ended. Raises TornCopy, and logs what else went wrong."""
         ended = [save for save in self._saves if save.upload_completion.done()]
         self._saves = [save for save in self._saves if save not in ended]
-        for save in ended:
-            error = save.upload_completion.exception()
+        failed = {save.step: save.upload_completion.exception() for save in ended}
+        for step, error in failed.items():
+            if error is not None and not isinstance(error, TornCopy):
+                _log.error("step %d is not saved: %s", step, error)
             if isinstance(error, SaveError):
                 self._plan = None
+        for error in failed.values():
             if isinstance(error, TornCopy):
                 raise error
-            if error is not None:
-                _log.error("step %d is not saved: %s", save.step, error)
 
     def _commit(self, save: Save) -> None:
         if not self._commits or self.rank != 0:

@@ -11,8 +11,9 @@ from concurrent.futures import wait
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from stormjib_checkpoint.tensors import local_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -56,8 +57,9 @@ class Gate:
 
     def guarded(self) -> set[int]:
         """Addresses of the memory that only optimizers behind this gate change."""
-        found = {_address(tensor) for optimizer in list(self._optimizers) for tensor in _held_by(optimizer)}
-        return found - {0}
+        held = (tensor for optimizer in list(self._optimizers) for tensor in _held_by(optimizer))
+        with torch.no_grad():
+            return {local_of(tensor).untyped_storage().data_ptr() for tensor in held} - {0}
 
     def close(self) -> None:
         """Take the hook away."""
@@ -73,9 +75,3 @@ def _held_by(optimizer: Optimizer) -> Iterator[torch.Tensor]:
         yield from group["params"]
     for state in list(optimizer.state.values()):
         yield from (value for value in list(state.values()) if isinstance(value, torch.Tensor))
-
-
-def _address(tensor: torch.Tensor) -> int:
-    with torch.no_grad():
-        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return local.untyped_storage().data_ptr()

@@ -7,9 +7,9 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from stormjib_checkpoint.image import Image, image_of
+from stormjib_checkpoint.tensors import local_of
 from stormjib_checkpoint.writer import split
 
 if TYPE_CHECKING:
@@ -67,8 +67,3 @@ def plan(
     file = image_of([replace(part, local=part.local.to("meta")) for part in held], rank)
     shapes = [state[part.name].shape for part in file.parts]
     return Plan(list(state), file, shapes, frozenset(volatile & {part.name for part in file.parts}))
-
-
-def local_of(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a tensor; to be called where no gradients are recorded."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
