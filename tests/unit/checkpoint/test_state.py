@@ -228,8 +228,8 @@ def test_from_gpu_to_cpu_and_back(tmp_path: Path) -> None:
 
 
 def test_nothing_is_pickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = Net(0)
-    step(first, torch.optim.AdamW(first.parameters()))  # torch imports what derives from Pickler in its first step
+    first = Net(0)  # torch imports what derives from Pickler in its first step
+    step(first, torch.optim.AdamW(first.parameters()))
     trapped: list[str] = []
 
     def trap(name: str) -> Callable[..., None]:
