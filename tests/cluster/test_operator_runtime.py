@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -44,8 +45,11 @@ def ranks(cluster: Cluster, kubectl: Kubectl) -> set[int]:
     found = set()
     for pod in pods(kubectl, "job", "trainer"):
         for pid in cluster.pids_of(pod["metadata"]["uid"]):
-            with open(f"/proc/{pid}/cmdline", "rb") as cmdline:
-                if cmdline.read().startswith(b"sleep\0"):
+            with (
+                suppress(FileNotFoundError, ProcessLookupError),
+                open(f"/proc/{pid}/cmdline", "rb") as cmdline,
+            ):
+                if cmdline.read().startswith(b"sleep\0"):  # one that has ended since it was listed is no rank
                     found.add(pid)
     return found
 
