@@ -11,7 +11,7 @@ import torch
 from hypothesis import strategies as st
 
 from stormjib_checkpoint.boxes import Box, part, whole
-from stormjib_checkpoint.tensors import TAGS, Held
+from stormjib_checkpoint.tensors import TAGS, Held, copyable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -50,7 +50,11 @@ meshes = st.lists(st.tuples(st.integers(1, 4), st.none() | st.integers(0, 2)), m
 
 def held(name: str, atom: torch.Tensor, box: Box, primary: bool) -> Held:
     """The part of `atom` that lies in `box`, with memory of its own."""
-    local = atom[tuple(slice(o, e) for o, e in zip(box.offset, box.end, strict=True))].clone()
+    local = (
+        copyable(atom)[tuple(slice(o, e) for o, e in zip(box.offset, box.end, strict=True))]
+        .clone()
+        .view(atom.dtype)
+    )
     return Held(name, TAGS[atom.dtype], tuple(atom.shape), box, local, primary)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from stormjib_checkpoint import layout
@@ -33,9 +34,9 @@ def save_rank(
     attempt: str = "",
 ) -> None:
     """Leave this rank's part of `step`; nobody commits."""
-    parts, scalars = split(state, rank, world)
+    parts, ties, scalars = split(state, rank, world)
     who = Part(step, GenerationId.parse(generation), rank, world, attempt)
-    save_parts(storage, who, parts, scalars, train, samples)
+    save_parts(storage, who, parts, scalars, train, samples, ties)
 
 
 def save_parts(
@@ -45,14 +46,15 @@ def save_parts(
     scalars: Mapping[str, Json],
     train: Mapping[str, Json],
     samples: Mapping[int, Sequence[int]],
+    ties: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """As `save_rank`, for boxes that the caller has cut itself."""
     ids = checked_ids(samples)
-    file = image_of(parts, who.rank)
+    file = image_of(parts, who.rank, ties)
     arena, handover = Arena(file.size), Handover()
     stage(file, [part.local for part in file.parts], arena, handover.put)
     handover.end()
     path = f"{layout.folder(who.step, who.generation)}/{layout.rank_data(who.rank)}"
     with told_as_saved(who):
         data = flush(storage, path, file.size, arena, handover, writers=1)
-        leave_record(storage, who, data, file.atoms, scalars, train, ids)
+        leave_record(storage, who, data, file, scalars, train, ids)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from stormjib_checkpoint.image import Image, image_of
-from stormjib_checkpoint.tensors import local_of
+from stormjib_checkpoint.tensors import are_one, local_of
 from stormjib_checkpoint.writer import split
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ class Plan:
 
     names: list[str]
     """Of the whole state, in its own order."""
+    are_tensors: list[bool]
     image: Image
     shapes: list[torch.Size]
     """Of the parts, unsharded."""
@@ -38,8 +39,11 @@ class Plan:
         """Whether names and shapes are those of the plan: what can be told in a fraction of a millisecond."""
         if list(state) != self.names:
             return False
-        found = self.tensors(state)
-        return all(map(torch.is_tensor, found)) and [tensor.shape for tensor in found] == self.shapes
+        if [isinstance(value, torch.Tensor) for value in state.values()] != self.are_tensors:
+            return False
+        if [tensor.shape for tensor in self.tensors(state)] != self.shapes:
+            return False
+        return all(are_one(state[name], state[first]) for name, first in self.image.ties.items())
 
     def locals_of(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
         """This rank's parts of the tensors; None where one is of another type, or cut otherwise, than was planned."""
@@ -56,14 +60,20 @@ def plan(
     state: Mapping[str, Value], rank: int, world: int, patterns: Collection[str], buffers: Collection[int]
 ) -> Plan:
     """Plan a state. `patterns` and `buffers` (addresses) say which of its tensors are volatile. Raises UnsupportedState."""
-    held, _ = split(state, rank, world)
+    contents = split(state, rank, world)
+    names = {part.name: [part.name] for part in contents.parts}
+    for name, first in contents.ties.items():
+        names[first].append(name)
     volatile = {
         part.name
-        for part in held
+        for part in contents.parts
         if part.local.untyped_storage().data_ptr() in buffers
-        or any(fnmatchcase(part.name, pattern) for pattern in patterns)
+        or any(fnmatchcase(name, pattern) for pattern in patterns for name in names[part.name])
     }
     # The plan outlives the save, so it must not keep a model's memory alive: types and shapes are enough.
-    file = image_of([replace(part, local=part.local.to("meta")) for part in held], rank)
+    bare = [replace(part, local=part.local.to("meta")) for part in contents.parts]
+    file = image_of(bare, rank, contents.ties)
     shapes = [state[part.name].shape for part in file.parts]
-    return Plan(list(state), file, shapes, frozenset(volatile & {part.name for part in file.parts}))
+    are_tensors = [isinstance(value, torch.Tensor) for value in state.values()]
+    written = {part.name for part in file.parts}
+    return Plan(list(state), are_tensors, file, shapes, frozenset(volatile & written))

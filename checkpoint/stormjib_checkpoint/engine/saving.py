@@ -160,7 +160,7 @@ class Pipeline:
         scalars, train = marshal.loads(taken.scalars), marshal.loads(taken.train)
         with told_as_saved(who):
             data = flush(self._storage, path, file.size, taken.arena, handover)
-            leave_record(self._storage, who, data, file.atoms, scalars, train, taken.samples)
+            leave_record(self._storage, who, data, file, scalars, train, taken.samples)
         save.figures.durable_s = save.age_s()
         if older is not None:
             wait([older.upload_completion])
