@@ -1,0 +1,27 @@
+"""What DCP calls a checkpoint_id, as a storage."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from stormjib_checkpoint.keys import from_environment
+from stormjib_checkpoint.storage import Local
+
+if TYPE_CHECKING:
+    from stormjib_checkpoint.storage import Storage
+
+Root = str | os.PathLike[str]
+
+OURS = "dcp"
+"""Key in `train.json` of what DCP saves besides tensors: `objects` by name, and `paths`, where each name lies in the nested state."""
+
+
+def storage_at(root: Root | Storage) -> Storage:
+    """The storage of a folder, or the one that was given."""
+    return Local(root, key=from_environment()) if isinstance(root, (str, os.PathLike)) else root
+
+
+def is_root(checkpoint_id: object) -> bool:
+    """Whether `storage_at` takes it."""
+    return isinstance(checkpoint_id, (str, os.PathLike))
