@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import zlib
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -17,7 +18,7 @@ from stormjib_checkpoint.format import SUB_BYTE
 from stormjib_checkpoint.records import Json
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 Value = torch.Tensor | Json
 """A state is a mapping of names to tensors (also DTensors), `ABSENT`, and other values that `objects` can write."""
@@ -123,6 +124,13 @@ def memory(tensor: torch.Tensor) -> memoryview:
 def copyable(local: torch.Tensor) -> torch.Tensor:
     """The same memory under a type that torch can copy."""
     return local.view(torch.uint8) if local.dtype in _BARE else local
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype, device: str = "cpu") -> torch.Tensor:
+    """A tensor that is yet to be filled. From bytes: torch warns of types that it can do little with when it is asked for them."""
+    return (
+        torch.empty(prod(shape) * dtype.itemsize, dtype=torch.uint8, device=device).view(dtype).reshape(shape)
+    )
 
 
 def on_host(local: torch.Tensor) -> torch.Tensor:
