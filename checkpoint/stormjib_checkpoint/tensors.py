@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass_type
 
 from stormjib_checkpoint.boxes import Box, part, whole
 from stormjib_checkpoint.errors import UnsupportedState
@@ -63,6 +64,8 @@ class Held:
 
 def held(name: str, tensor: torch.Tensor, rank: int, world: int) -> Held:
     """What this rank holds of `tensor`. Raises UnsupportedState, which names it."""
+    if is_lazy(tensor):
+        raise UnsupportedState(f"{name} has no shape yet; let its lazy module run once")
     if tensor.dtype not in TAGS:
         raise UnsupportedState(f"{name} has dtype {tensor.dtype}, which the format cannot hold; convert it")
     if sys.byteorder != "little":
@@ -90,7 +93,7 @@ def _held_shard(name: str, tensor: DTensor) -> Held:
         elif isinstance(placement, Replicate):
             primary = primary and index == 0
         else:
-            raise UnsupportedState(f"{name} is placed as {placement}; only Shard and Replicate can be saved")
+            raise UnsupportedState(f"{name} is placed as {placement!r}; only Shard and Replicate can be saved")
     local = _plain_memory(name, tensor.to_local().detach())
     if tuple(local.shape) != box.shape:
         raise UnsupportedState(
@@ -109,7 +112,7 @@ def _plain_memory(name: str, local: torch.Tensor) -> torch.Tensor:
         raise UnsupportedState(
             f"{name} is {local.layout} on {local.device}; only dense tensors with memory can be saved"
         )
-    if is_traceable_wrapper_subclass(type(local)):
+    if is_traceable_wrapper_subclass_type(type(local)):
         raise UnsupportedState(
             f"{name} is a {type(local).__name__}, which wraps other tensors; save those, under names of their own"
         )
