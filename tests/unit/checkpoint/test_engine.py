@@ -448,6 +448,7 @@ sys.addaudithook(audited)
 
 
 def test_no_save_and_no_load_pickles_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """§1.5"""
     trained()  # torch imports what derives from Pickler in its first step
     sprung: list[str] = []
 

@@ -47,6 +47,7 @@ def test_what_one_mesh_saves_another_loads(
     target: Mesh,
     piece: int,
 ) -> None:
+    """§4.4"""
     monkeypatch.setattr(arena, "PIECE_BYTES", piece)
     storage = Local("/job", Disk())
     open_generation(storage, "1.1", "uid")
@@ -66,6 +67,7 @@ def test_what_one_mesh_saves_another_loads(
 
 
 def test_a_part_that_nobody_wrote_keeps_the_step_from_being_committed() -> None:
+    """§4.3, §5.1"""
     storage = Local("/job", Disk())
     open_generation(storage, "1.1", "uid")
     save(storage, Mesh((2,), (0,)), {"model.w": filled((6, 2), torch.float32, 0)}, lost=1)

@@ -59,12 +59,12 @@ def every_type() -> dict[str, Any]:
 def test_every_type_and_shape_comes_back_bit_for_bit(tmp_path: Path) -> None:
     """§9.10, §9.17"""
     state = every_type() | {"view": torch.arange(12.0).reshape(3, 4).t()}
-    turned = filled((4, 3), torch.int8, 1).view(torch.int4)
+    turned = filled((4, 3), torch.int8, 1).view(DTYPES["I4"])
     state["view of a type that torch cannot copy"] = turned.t()
     point = commit_states(Local(tmp_path), state)
     target = {name: zeros(tuple(value.shape), value.dtype) for name, value in state.items()}
-    target["view of a type that torch cannot copy"] = zeros((4, 3), torch.int4).t()
-    load(Local(tmp_path), point, target)  # type: ignore[arg-type]
+    target["view of a type that torch cannot copy"] = zeros((4, 3), DTYPES["I4"]).t()
+    load(Local(tmp_path), point, target)
     assert [name for name, value in state.items() if raw(target[name]) != raw(value)] == []
 
 
