@@ -250,6 +250,10 @@ def _world(storage: Storage, step: int, generation: GenerationId) -> int:
 
 def _create(storage: Storage, path: str, data: bytes) -> None:
     """Create, or find the same bytes there: another committer, or ourselves before a crash."""
+    if len(data) > MAX_SMALL_FILE:
+        raise Inconsistent(
+            f"{path} would have {len(data)} bytes, and {MAX_SMALL_FILE} are read; save from fewer ranks"
+        )
     try:
         storage.create(path, [data])
     except AlreadyThere as error:

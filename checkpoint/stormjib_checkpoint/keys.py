@@ -1,4 +1,4 @@
-"""The key that the files of a job are signed with, where it has one (FORMAT.md §9).
+"""The key that the files of a job are signed with, where it has one (FORMAT.md §10).
 
 Every process that writes or reads the checkpoints of a job needs it: ranks, the agent's checkpoint child, `stormjib ckpt`. They all find it
 in the file that one environment variable names, such as a Secret that is mounted.

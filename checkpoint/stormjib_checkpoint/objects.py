@@ -1,4 +1,4 @@
-"""Values of a state that are no tensors, as JSON and exactly back (FORMAT.md §6): never a pickle, and no type by name.
+"""Values of a state that are no tensors, as JSON and exactly back (FORMAT.md §9.14): never a pickle, and no type by name.
 
 What JSON holds stays as it is. What it would change or lose becomes an object of one key, the *tag*: `{"$tuple": [1, 2]}`. A dict that
 could be taken for one is itself written under a tag, so that every value has one form, and every form one value.

@@ -20,7 +20,7 @@ from stormjib_checkpoint.objects import from_json
 from stormjib_checkpoint.overlap import clash, put, shared
 from stormjib_checkpoint.pieces import piece_digest
 from stormjib_checkpoint.step import CommittedStep
-from stormjib_checkpoint.tensors import ABSENT, Held, Value, held, is_direct, memory
+from stormjib_checkpoint.tensors import ABSENT, Held, Value, empty, held, is_direct, memory
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
@@ -173,7 +173,7 @@ class _Target:
     def __init__(self, part: Held, apart: bool = False) -> None:
         self.part = part
         own = is_direct(part.local) and not apart
-        self.memory = part.local if own else torch.empty(part.box.shape, dtype=part.local.dtype)
+        self.memory = part.local if own else empty(part.box.shape, part.local.dtype)
 
     def copies(self, atom: Atom) -> Iterator[_Copy]:
         size, target = ITEM_BYTES[atom.dtype], memory(self.memory)

@@ -257,5 +257,5 @@ def shown(value: object) -> str:
     try:
         text = repr(value)
     except ValueError:  # Python prints no integer of thousands of digits
-        text = f"a {type(value).__name__} with an integer of very many digits"
+        text = f"<{type(value).__name__} of thousands of digits>"
     return text if len(text) <= 80 else text[:77] + "..."

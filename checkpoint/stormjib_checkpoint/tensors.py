@@ -5,11 +5,13 @@ from __future__ import annotations
 import sys
 import zlib
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING, cast
 
 import torch
 from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass_type
 
 from stormjib_checkpoint.boxes import Box, part, whole
 from stormjib_checkpoint.errors import UnsupportedState
@@ -17,7 +19,7 @@ from stormjib_checkpoint.format import SUB_BYTE
 from stormjib_checkpoint.records import Json
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 Value = torch.Tensor | Json
 """A state is a mapping of names to tensors (also DTensors), `ABSENT`, and other values that `objects` can write."""
@@ -62,6 +64,8 @@ class Held:
 
 def held(name: str, tensor: torch.Tensor, rank: int, world: int) -> Held:
     """What this rank holds of `tensor`. Raises UnsupportedState, which names it."""
+    if is_lazy(tensor):
+        raise UnsupportedState(f"{name} has no shape yet; let its lazy module run once")
     if tensor.dtype not in TAGS:
         raise UnsupportedState(f"{name} has dtype {tensor.dtype}, which the format cannot hold; convert it")
     if sys.byteorder != "little":
@@ -89,7 +93,7 @@ def _held_shard(name: str, tensor: DTensor) -> Held:
         elif isinstance(placement, Replicate):
             primary = primary and index == 0
         else:
-            raise UnsupportedState(f"{name} is placed as {placement}; only Shard and Replicate can be saved")
+            raise UnsupportedState(f"{name} is placed as {placement!r}; only Shard and Replicate can be saved")
     local = _plain_memory(name, tensor.to_local().detach())
     if tuple(local.shape) != box.shape:
         raise UnsupportedState(
@@ -108,7 +112,7 @@ def _plain_memory(name: str, local: torch.Tensor) -> torch.Tensor:
         raise UnsupportedState(
             f"{name} is {local.layout} on {local.device}; only dense tensors with memory can be saved"
         )
-    if is_traceable_wrapper_subclass(type(local)):
+    if is_traceable_wrapper_subclass_type(type(local)):
         raise UnsupportedState(
             f"{name} is a {type(local).__name__}, which wraps other tensors; save those, under names of their own"
         )
@@ -123,6 +127,13 @@ def memory(tensor: torch.Tensor) -> memoryview:
 def copyable(local: torch.Tensor) -> torch.Tensor:
     """The same memory under a type that torch can copy."""
     return local.view(torch.uint8) if local.dtype in _BARE else local
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype, device: str = "cpu") -> torch.Tensor:
+    """A tensor that is yet to be filled. From bytes: torch warns of types that it can do little with when it is asked for them."""
+    return (
+        torch.empty(prod(shape) * dtype.itemsize, dtype=torch.uint8, device=device).view(dtype).reshape(shape)
+    )
 
 
 def on_host(local: torch.Tensor) -> torch.Tensor:

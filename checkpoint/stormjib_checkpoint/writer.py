@@ -9,7 +9,7 @@ import torch
 
 from stormjib_checkpoint import layout
 from stormjib_checkpoint.errors import AlreadySaved, AlreadyThere, FormatError, UnsupportedState
-from stormjib_checkpoint.format import RankFile, TrainFile
+from stormjib_checkpoint.format import MAX_SMALL_FILE, RankFile, TrainFile
 from stormjib_checkpoint.objects import to_json
 from stormjib_checkpoint.records import MAX_INTEGER, check_text, encode, shown
 from stormjib_checkpoint.tensors import ABSENT, Held, Value, held
@@ -79,6 +79,10 @@ def leave_record(
     """
     place = layout.folder(who.step, who.generation)
     record = encode(record_of(who, data, file, scalars, ids), storage.key)
+    if len(record) > MAX_SMALL_FILE:
+        raise UnsupportedState(
+            f"the record of rank {who.rank} would have {len(record)} bytes, and {MAX_SMALL_FILE} are read; save fewer tensors a rank"
+        )
     if who.rank == 0:
         told = TrainFile(who.step, who.generation, as_json(train, "train"))
         storage.create(f"{place}/{layout.TRAIN}", [encode(told, storage.key)])
@@ -113,6 +117,10 @@ def split(state: Mapping[str, Value], rank: int, world: int) -> Contents:
             found.parts.append(part)
         else:
             found.ties[name] = first
+    owners = {name.rpartition(".")[0] for name in state}
+    for name, value in found.scalars.items():
+        if value is ABSENT and name in owners:
+            raise UnsupportedState(f"{name} is absent and there: the state has names below it")
     refuse_unstorable(dict.fromkeys(state) | found.scalars, "state")
     return found
 

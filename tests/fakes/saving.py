@@ -6,16 +6,19 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from stormjib_checkpoint import layout
+from stormjib_checkpoint.commit import commit_step
 from stormjib_checkpoint.engine.arena import Arena
 from stormjib_checkpoint.engine.flush import Handover, flush
 from stormjib_checkpoint.engine.staging import stage
 from stormjib_checkpoint.image import image_of
 from stormjib_checkpoint.layout import GenerationId
+from stormjib_checkpoint.opening import open_next
 from stormjib_checkpoint.writer import Part, checked_ids, leave_record, split, told_as_saved
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from stormjib_checkpoint.format import ResumePoint
     from stormjib_checkpoint.records import Json
     from stormjib_checkpoint.storage import Storage
     from stormjib_checkpoint.tensors import Held, Value
@@ -37,6 +40,25 @@ def save_rank(
     parts, ties, scalars = split(state, rank, world)
     who = Part(step, GenerationId.parse(generation), rank, world, attempt)
     save_parts(storage, who, parts, scalars, train, samples, ties)
+
+
+def commit_states(
+    storage: Storage, *states: Mapping[str, Value], step: int = 1, **train: Json
+) -> ResumePoint:
+    """Open the next generation, have each rank leave a state, and commit the step."""
+    generation, world = open_next(storage).generation, len(states)
+    for rank, state in enumerate(states):
+        save_rank(
+            storage,
+            step=step,
+            generation=generation,
+            rank=rank,
+            world=world,
+            state=state,
+            train=train,
+            samples={},
+        )
+    return commit_step(storage, generation, world, step)
 
 
 def save_parts(

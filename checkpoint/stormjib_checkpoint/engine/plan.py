@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from stormjib_checkpoint.image import Image, image_of
-from stormjib_checkpoint.tensors import are_one, local_of
+from stormjib_checkpoint.tensors import are_one, empty, local_of
 from stormjib_checkpoint.writer import split
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def plan(
         or any(fnmatchcase(name, pattern) for pattern in patterns for name in names[part.name])
     }
     # The plan outlives the save, so it must not keep a model's memory alive: types and shapes are enough.
-    bare = [replace(part, local=part.local.to("meta")) for part in contents.parts]
+    bare = [replace(part, local=empty(part.local.shape, part.local.dtype, "meta")) for part in contents.parts]
     file = image_of(bare, rank, contents.ties)
     shapes = [state[part.name].shape for part in file.parts]
     are_tensors = [isinstance(value, torch.Tensor) for value in state.values()]

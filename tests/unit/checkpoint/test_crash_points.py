@@ -130,6 +130,7 @@ def survives_a_committer_that_relies_on_it(found: Iterable[Moment]) -> int:
 
 @pytest.mark.parametrize("left", CUTS)
 def test_every_power_cut_leaves_a_whole_newest_checkpoint(left: str) -> None:
+    """§1.1, §8.3"""
     found = moments(Disk())
     assert len(found) > 300
     assert found[-1].done == 10
@@ -183,6 +184,7 @@ def harmed(skipped: str, lines: set[str]) -> bool:
 
 
 def test_each_single_sync_is_needed() -> None:
+    """§1.1, §8.3"""
     lines: set[str] = set()
     assert not harmed("", lines)
     assert len(lines) >= 6

@@ -48,6 +48,7 @@ def is_found(storage: Local, point: ResumePoint, name: str) -> None:
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_flipped_bit_is_found_wherever_it_is(run: Run, name: str) -> None:
+    """§7.1"""
     storage, folder, ten, twenty = run
     whole = (folder / name).read_bytes()
     places = random.Random(name).sample(range(len(whole)), min(60, len(whole)))
@@ -64,6 +65,7 @@ def test_a_flipped_bit_is_found_wherever_it_is(run: Run, name: str) -> None:
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("how", ["truncated", "longer", "empty", "zero hole", "missing", "of another step"])
 def test_other_damage_is_found_and_named(run: Run, name: str, how: str) -> None:
+    """§7.1, §7.3"""
     storage, folder, ten, twenty = run
     path = folder / name
     whole = path.read_bytes()
@@ -115,6 +117,7 @@ def test_a_damaged_step_is_refused_and_the_one_before_is_taken(run: Run) -> None
 def test_a_step_deleted_while_it_is_read_is_missing_and_not_damaged(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """§7.3"""
     storage, _, _, twenty = run
     opened = storage.open
 
@@ -145,6 +148,7 @@ def test_a_step_deleted_while_it_is_read_is_missing_and_not_damaged(
 def test_what_does_not_fit_is_refused_before_a_byte_is_filled(
     run: Run, change: dict[str, object], message: str
 ) -> None:
+    """§7.2"""
     storage, _, _, twenty = run
     state: dict[str, object] = {name: torch.zeros_like(value) for name, value in state_of(0).items()}
     with pytest.raises(StateMismatch, match=message):

@@ -62,6 +62,7 @@ RECORDS = [
 
 @pytest.mark.parametrize("record", RECORDS, ids=lambda record: type(record).__name__)
 def test_a_record_comes_back_as_it_was(record: object) -> None:
+    """§2.2"""
     data = encode(record)
     assert decode(type(record), data, "file") == record
     assert encode(decode(type(record), data, "file")) == data
@@ -70,6 +71,7 @@ def test_a_record_comes_back_as_it_was(record: object) -> None:
 
 
 def test_unknown_keys_are_ignored_and_a_newer_minor_is_read() -> None:
+    """§2.1"""
     plain = json.loads(encode(RANK)) | {"format": "1.9", "color": "red"}
     assert decode(RankFile, json.dumps(plain).encode(), "file") == RANK
 
@@ -112,6 +114,7 @@ def test_unknown_keys_are_ignored_and_a_newer_minor_is_read() -> None:
     ],
 )
 def test_a_hostile_record_is_refused_by_name(change: dict[str, Any], message: str) -> None:
+    """§2.1, §2.3, §4.2"""
     data = json.dumps(json.loads(encode(RANK)) | change).encode()
     with pytest.raises(FormatError, match=message):
         decode(RankFile, data, "file")
@@ -130,6 +133,7 @@ def test_a_hostile_record_is_refused_by_name(change: dict[str, Any], message: st
     ],
 )
 def test_a_box_that_lies_is_refused(box: dict[str, Any], message: str) -> None:
+    """§4.2"""
     plain = json.loads(encode(RANK))
     plain["atoms"]["w"]["boxes"][0] |= box
     with pytest.raises(FormatError, match=message):
@@ -156,6 +160,7 @@ def test_a_box_that_lies_is_refused(box: dict[str, Any], message: str) -> None:
     ],
 )
 def test_what_is_no_record_is_refused(data: bytes) -> None:
+    """§2.3"""
     with pytest.raises(FormatError):
         decode(RankFile, data, "file")
 
@@ -174,6 +179,7 @@ def test_noise_is_refused_and_nothing_else_happens(data: bytes) -> None:
 
 
 def test_names_have_one_form() -> None:
+    """§1.4"""
     assert step_folder(1200) == "step-00001200"
     assert parse_step("step-00001200") == 1200
     assert parse_step("step-123456789") == 123456789
