@@ -93,7 +93,9 @@ def _held_shard(name: str, tensor: DTensor) -> Held:
         elif isinstance(placement, Replicate):
             primary = primary and index == 0
         else:
-            raise UnsupportedState(f"{name} is placed as {placement!r}; only Shard and Replicate can be saved")
+            raise UnsupportedState(
+                f"{name} is placed as {placement!r}; only Shard and Replicate can be saved"
+            )
     local = _plain_memory(name, tensor.to_local().detach())
     if tuple(local.shape) != box.shape:
         raise UnsupportedState(

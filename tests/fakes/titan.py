@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import queue
 import shutil
 import sys
-import types
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.stateful import Stateful
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 class Model(Stateful):
@@ -120,11 +124,10 @@ class CheckpointManager:
         return {**rest, **self.states["model"].state_dict()}
 
 
-def install() -> None:
-    """Have `import torchtitan.components.checkpointer` find it, where there is no TorchTitan."""
-    try:
-        import torchtitan.components.checkpointer  # type: ignore[import-not-found,import-untyped,unused-ignore] # noqa: F401
-    except ModuleNotFoundError:
-        for name in ("torchtitan", "torchtitan.components", "torchtitan.components.checkpointer"):
-            sys.modules[name] = types.ModuleType(name)
-        sys.modules["torchtitan.components.checkpointer"].CheckpointManager = CheckpointManager  # type: ignore[attr-defined]
+def install(put: Callable[[Any, str, ModuleType], None] = dict.__setitem__) -> None:
+    """Have `import torchtitan.components.checkpointer` find it, where there is no TorchTitan. `put` sets in `sys.modules`."""
+    if importlib.util.find_spec("torchtitan") is not None:
+        return
+    for name in ("torchtitan", "torchtitan.components", "torchtitan.components.checkpointer"):
+        put(sys.modules, name, ModuleType(name))
+    sys.modules["torchtitan.components.checkpointer"].CheckpointManager = CheckpointManager  # type: ignore[attr-defined]

@@ -25,6 +25,7 @@ from stormjib_checkpoint.engine.arena import Arena
 from stormjib_checkpoint.engine.gate import Gate
 from stormjib_checkpoint.engine.plan import Plan, plan
 from stormjib_checkpoint.engine.saving import IN_FLIGHT, Pipeline, Save, Taken
+from stormjib_checkpoint.engine.totals import Totals
 from stormjib_checkpoint.errors import (
     CommitError,
     DamagedCheckpoint,
@@ -83,6 +84,7 @@ class Engine:
         Raises StorageError where `root` cannot be written, and HistoryError.
         """
         self.rank, self.world = group.place()
+        self.totals = Totals()
         self.storage: Storage = (
             Local(root, key=from_environment()) if isinstance(root, (str, os.PathLike)) else root
         )
@@ -163,6 +165,7 @@ class Engine:
         self._pipeline.begin(save, taken, self._saves[-1] if self._saves else None)
         self._saves.append(save)
         save.figures.bytes, save.figures.call_s = taken.plan.image.size, save.age_s()
+        self.totals.begun(save)
         return save
 
     def guard(self) -> None:
