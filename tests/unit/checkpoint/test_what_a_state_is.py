@@ -124,6 +124,19 @@ def test_optimizer_state_goes_by_the_name_of_its_parameter() -> None:
     assert state["group.0.betas"] == (0.9, 0.999)
 
 
+@pytest.mark.parametrize("order", ["ab", "ba"])
+def test_the_order_of_registration_does_not_matter(order: str) -> None:
+    """§9.2"""
+    shared = nn.Linear(2, 2, bias=False)
+    model = nn.ModuleDict({name: shared for name in order})
+    optimizer = torch.optim.SGD(model.parameters(), momentum=0.9)
+    model["a"](torch.ones(2)).sum().backward()
+    optimizer.step()
+    state = collect(model, optimizer)
+    assert [name for name in state if name.startswith("optim.")] == ["optim.a.weight.momentum_buffer"]
+    assert split(state, 0, 1).ties == {"model.b.weight": "model.a.weight"}
+
+
 class Renamed(Tied):
     def __init__(self) -> None:
         super().__init__(1)
@@ -302,6 +315,14 @@ def test_a_tie_that_is_broken_between_two_saves_is_noticed() -> None:
     assert not planned.seems_to_fit(state | {"b": rows(0)})
     assert not planned.seems_to_fit(state | {"b": weight.view(2, 3).view(3, 2)[:]} | {"a": rows(0)})
     assert not planned.seems_to_fit(state | {"b": 0.5})
+
+
+def test_a_number_that_becomes_a_tensor_is_planned_anew() -> None:
+    """§4.3: the plan would know nothing of it, and the step would lack it."""
+    state: dict[str, Value] = {"w": rows(0), "lr": 0.1}
+    planned = plan(state, 0, 1, (), set())
+    assert planned.seems_to_fit(state | {"lr": 0.2})
+    assert not planned.seems_to_fit(state | {"lr": torch.tensor(0.2)})
 
 
 @pytest.fixture
