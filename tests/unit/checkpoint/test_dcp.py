@@ -7,6 +7,7 @@ import json
 import pickle
 import threading
 import zipfile
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -31,6 +32,8 @@ from stormjib_checkpoint.verify import verify
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+    from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.distributed is:UserWarning"),
@@ -198,6 +201,50 @@ def test_what_dcp_cannot_do_with_us_says_so(tmp_path: Path) -> None:
 def save_twice(writer: StormjibWriter, planner: DefaultSavePlanner) -> None:
     save(state(), storage_writer=writer, planner=planner)
     save(state(), storage_writer=writer, planner=planner)
+
+
+class Forgetful(DefaultSavePlanner):
+    """Leaves out one tensor that it has promised."""
+
+    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
+        plan = super().finish_plan(new_plan)
+        return replace(plan, items=[item for item in plan.items if item.index.fqn != "model.w"])
+
+
+class Broken(DefaultSavePlanner):
+    def resolve_data(self, write_item: WriteItem) -> Any:
+        raise OSError("the device is gone")
+
+
+def test_a_tensor_that_nobody_wrote_is_noticed(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointException, match=r"do not hold model\.w exactly once"):
+        save(state(), checkpoint_id=str(tmp_path), storage_writer=StormjibWriter(), planner=Forgetful())
+    assert committed(Local(tmp_path)) == []
+
+
+def test_a_save_that_fails_leaves_the_one_before_and_the_next_one_counts(tmp_path: Path) -> None:
+    writer = StormjibWriter(tmp_path)
+    save(state(1), storage_writer=writer)
+    with pytest.raises(CheckpointException, match="the device is gone"):
+        save(state(2), storage_writer=writer, planner=Broken())
+    assert equal(load(tmp_path, empty()), state(1))
+    save(state(3), storage_writer=writer)
+    assert [point.step for point in committed(Local(tmp_path))] == [2, 0]
+    assert equal(load(tmp_path, empty()), state(3))
+
+
+def test_saves_into_two_folders_may_overlap(tmp_path: Path) -> None:
+    writer, stager = StormjibWriter(), GatedStager()
+    folders = [tmp_path / str(number) for number in range(4)]
+    answers = [
+        async_save(state(seed), checkpoint_id=str(folder), storage_writer=writer, async_stager=stager)
+        for seed, folder in enumerate(folders)
+    ]
+    for answer in answers:
+        assert isinstance(answer, AsyncSaveResponse)
+        answer.upload_completion.result()
+    stager.close()
+    assert all(equal(load(folder, empty()), state(seed)) for seed, folder in enumerate(folders))
 
 
 def test_nobody_said_where(tmp_path: Path) -> None:
