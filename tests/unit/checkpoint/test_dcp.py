@@ -264,6 +264,11 @@ def trained(steps: int) -> tuple[nn.Linear, torch.optim.Optimizer]:
     return model, optimizer
 
 
+def release_after(stepped: threading.Event, held: threading.Event) -> None:
+    stepped.wait(0.3)
+    held.set()
+
+
 def test_the_optimizer_waits_for_the_copy_and_the_copy_is_of_the_call(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -291,9 +296,14 @@ def test_the_optimizer_waits_for_the_copy_and_the_copy_is_of_the_call(
     assert isinstance(answer, AsyncSaveResponse)
     average += 1
     model(torch.ones(2, 6)).sum().backward()
-    held.set()
+    stepped = threading.Event()
+    # An optimizer that does not wait has stepped by then, and before the copy.
+    release = threading.Thread(target=release_after, args=(stepped, held))
+    release.start()
     optimizer.step()
     order.append("stepped")
+    stepped.set()
+    release.join()
     answer.upload_completion.result()
     stager.close()
     assert order == ["copied", "copied", "stepped"]
