@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 from stormjib_checkpoint import layout
 from stormjib_checkpoint.boxes import flaw
 from stormjib_checkpoint.errors import (
-    AlreadyThere,
     FormatError,
     Incomplete,
     Inconsistent,
@@ -28,9 +27,10 @@ from stormjib_checkpoint.format import (
     RankFile,
     ResumePoint,
 )
-from stormjib_checkpoint.history import read_generation, saves
+from stormjib_checkpoint.history import committed_by, read_generation, saves
 from stormjib_checkpoint.layout import GenerationId
 from stormjib_checkpoint.ledger import Samples, segment
+from stormjib_checkpoint.left import create_same
 from stormjib_checkpoint.records import decode, encode, sha256
 from stormjib_checkpoint.step import CommittedStep
 
@@ -48,7 +48,7 @@ def commit_step(storage: Storage, generation: str, world: int, step: int) -> Res
     """Commit a step that all ranks have left. Repeating it is harmless. Raises Incomplete, Inconsistent, StepPassed."""
     own = GenerationId.parse(generation)
     record = read_generation(storage, own)
-    done = _own_steps(storage, own)
+    done = committed_by(storage, own)
     if step in done:
         return secured(storage, ResumePoint(step, generation, sha256(_manifest(storage, step, own))))
     before = _step_before(record, done, step)
@@ -57,12 +57,12 @@ def commit_step(storage: Storage, generation: str, world: int, step: int) -> Res
     files = raw | _index(storage, step, own, ranks)
     ledger = segment(_samples(storage, own, ranks, before), before, step)
     if ledger is not None:
-        _create(storage, layout.ledger_file(own, ledger[0].first, ledger[0].last), ledger[1])
+        create_same(storage, layout.ledger_file(own, ledger[0].first, ledger[0].last), ledger[1])
     data = {layout.rank_data(r.rank): r.data.bytes for r in ranks}
     manifest = encode(
         Manifest(step, own, record.job_uid, world, files, data, ledger[0] if ledger is not None else None)
     )
-    _create(storage, layout.manifest(step, own), manifest)
+    create_same(storage, layout.manifest(step, own), manifest)
     return ResumePoint(step, generation, sha256(manifest))
 
 
@@ -86,7 +86,7 @@ def secured(storage: Storage, point: ResumePoint) -> ResumePoint:
     """
     CommittedStep(storage, point).check()
     owner = GenerationId.parse(point.generation)
-    _create(storage, layout.manifest(point.step, owner), _manifest(storage, point.step, owner))
+    create_same(storage, layout.manifest(point.step, owner), _manifest(storage, point.step, owner))
     return point
 
 
@@ -125,7 +125,7 @@ class Pending:
 def finish(storage: Storage, generation: GenerationId) -> list[str]:
     """Commit the steps that a generation left complete but uncommitted, oldest first. Returns why some could not be."""
     record = read_generation(storage, generation)
-    done = _own_steps(storage, generation)
+    done = committed_by(storage, generation)
     above = max([record.resume.step if record.resume is not None else -1, *done])
     given_up: list[str] = []
     for step in [s for s, g in saves(storage) if g == generation and s > above]:
@@ -134,14 +134,6 @@ def finish(storage: Storage, generation: GenerationId) -> list[str]:
         except (Incomplete, Inconsistent, StepPassed) as error:
             given_up.append(str(error))
     return given_up
-
-
-def _own_steps(storage: Storage, generation: GenerationId) -> set[int]:
-    return {
-        step
-        for step, owner in saves(storage)
-        if owner == generation and layout.MANIFEST in storage.names(layout.folder(step, owner))
-    }
 
 
 def _step_before(record: GenerationFile, done: Iterable[int], step: int) -> int:
@@ -213,7 +205,7 @@ def _index(
     for record in ranks:
         _check_data(storage, f"{place}/{layout.rank_data(record.rank)}", record.data.bytes)
     atoms = encode(AtomsFile(step, generation, merge(ranks, place), ranks[0].scalars))
-    _create(storage, f"{place}/{layout.ATOMS}", atoms)
+    create_same(storage, f"{place}/{layout.ATOMS}", atoms)
     try:
         train = storage.read(f"{place}/{layout.TRAIN}", MAX_SMALL_FILE)
     except NotThere as error:
@@ -283,12 +275,3 @@ def _world(storage: Storage, step: int, generation: GenerationId) -> int:
             except FormatError as error:
                 raise Inconsistent(f"{place}/{error}") from error
     raise Incomplete(place, [layout.rank_json(0)])
-
-
-def _create(storage: Storage, path: str, data: bytes) -> None:
-    """Create, or find the same bytes there: another committer, or ourselves before a crash."""
-    try:
-        storage.create(path, [data])
-    except AlreadyThere as error:
-        if storage.read(path, MAX_SMALL_FILE) != data:
-            raise Inconsistent(f"{path} is there with other content; it is left as it is") from error

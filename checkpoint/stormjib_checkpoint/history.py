@@ -164,3 +164,12 @@ def refuse_superseded(storage: Storage, generation: GenerationId) -> None:
 def usable(points: Collection[ResumePoint], refused: Collection[str]) -> list[ResumePoint]:
     """The points that nobody has refused to load, order kept."""
     return [point for point in points if point.digest not in refused]
+
+
+def committed_by(storage: Storage, generation: GenerationId) -> set[int]:
+    """The steps that one generation has committed itself and that are not deleted."""
+    return {
+        step
+        for step, owner in saves(storage)
+        if owner == generation and layout.MANIFEST in storage.names(layout.folder(step, owner))
+    }

@@ -5,6 +5,7 @@ All refusals that the index can show (missing or extra names, shapes, types) com
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from itertools import groupby
 from operator import attrgetter
@@ -26,6 +27,7 @@ from stormjib_checkpoint.tensors import Held, Value, held, is_direct, memory
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
 
+    from stormjib_checkpoint.node_memory import Near
     from stormjib_checkpoint.records import Json
     from stormjib_checkpoint.storage import Opened, Storage
 
@@ -33,14 +35,17 @@ T = TypeVar("T")
 
 
 def load(
-    storage: Storage, resume: tuple[int, str, str], state: MutableMapping[str, Value]
+    storage: Storage,
+    resume: tuple[int, str, str],
+    state: MutableMapping[str, Value],
+    near: Near | None = None,
 ) -> dict[str, Json]:
     """Fill `state` from the step `resume` (step, generation, digest of its manifest); returns what `train` was.
 
     Tensors and DTensors are filled in place, whatever world size saved them; scalars are replaced in the mapping.
-    Names must be the same on both sides. Raises MissingCheckpoint, DamagedCheckpoint, StateMismatch, StorageError.
+    What `near` has is read from there first. Names must be the same on both sides. Raises MissingCheckpoint, DamagedCheckpoint, StateMismatch, StorageError.
     """
-    checkpoint = Checkpoint(storage, resume)
+    checkpoint = Checkpoint(storage, resume, near)
     checkpoint.fill(state)
     return checkpoint.train
 
@@ -48,8 +53,8 @@ def load(
 class Checkpoint:
     """A committed step whose small files are proved; `fill` reads tensors from it."""
 
-    def __init__(self, storage: Storage, resume: tuple[int, str, str]) -> None:
-        self._storage = storage
+    def __init__(self, storage: Storage, resume: tuple[int, str, str], near: Near | None = None) -> None:
+        self._storage, self._near = storage, near
         self._step = CommittedStep(storage, resume)
         index = self._step.atoms()
         self.atoms: Mapping[str, Atom] = index.atoms
@@ -88,6 +93,9 @@ class Checkpoint:
     def _read_rank(self, rank: int, copies: list[_Copy]) -> None:
         path = self._step.data_path(rank)
         data = self._step.rank(rank).data
+        if self._near is not None:
+            with contextlib.suppress(NotThere, DamagedCheckpoint), self._near.open(path) as file:
+                return self._read_pieces(file, rank, data, copies)
         try:
             with self._storage.open(path) as file:
                 if file.size != data.bytes:

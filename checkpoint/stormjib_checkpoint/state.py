@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from stormjib_checkpoint.format import Atom
+    from stormjib_checkpoint.node_memory import Near
     from stormjib_checkpoint.records import Json
     from stormjib_checkpoint.storage import Storage
 
@@ -46,13 +47,17 @@ def collect(model: nn.Module, optimizer: Optimizer) -> dict[str, Value]:
 
 
 def restore(
-    storage: Storage, resume: tuple[int, str, str], model: nn.Module, optimizer: Optimizer
+    storage: Storage,
+    resume: tuple[int, str, str],
+    model: nn.Module,
+    optimizer: Optimizer,
+    near: Near | None = None,
 ) -> dict[str, Json]:
     """Load a step into a model and an optimizer, also one that has never stepped; returns what `train` was.
 
     Raises MissingCheckpoint, DamagedCheckpoint, StateMismatch, StorageError.
     """
-    checkpoint = Checkpoint(storage, resume)
+    checkpoint = Checkpoint(storage, resume, near)
     names = _parameter_names(model, optimizer)
     for parameter, name in names.items():
         _shape_state(optimizer, parameter, f"optim.{name}.", checkpoint)

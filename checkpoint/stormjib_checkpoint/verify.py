@@ -23,10 +23,11 @@ def verify(storage: Storage, resume: tuple[int, str, str]) -> Iterator[tuple[str
     step = CommittedStep(storage, resume)
     step.check()
     for rank in range(step.manifest.world):
-        yield step.data_path(rank), _flaw(storage, step.data_path(rank), step.rank(rank).data)
+        yield step.data_path(rank), flaw(storage, step.data_path(rank), step.rank(rank).data)
 
 
-def _flaw(storage: Storage, path: str, data: DataFile) -> str | None:
+def flaw(storage: Storage, path: str, data: DataFile) -> str | None:
+    """What is wrong with one data file; None where every piece is as it was written."""
     buffer = memoryview(bytearray(min(data.piece_bytes, data.bytes)))
     try:
         with storage.open(path) as file:

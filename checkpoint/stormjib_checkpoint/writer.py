@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from stormjib_checkpoint import layout
 from stormjib_checkpoint.errors import AlreadySaved, AlreadyThere, FormatError, UnsupportedState
 from stormjib_checkpoint.format import Atom, DataFile, RankFile, TrainFile
+from stormjib_checkpoint.left import Records
 from stormjib_checkpoint.records import MAX_INTEGER, Json, check_plain, encode
 from stormjib_checkpoint.tensors import Held, Value, held
 
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from stormjib_checkpoint.layout import GenerationId
-    from stormjib_checkpoint.storage import Storage
 
 _RESERVED = "__"
 
@@ -36,26 +35,22 @@ class Part(NamedTuple):
     attempt: str = ""
 
 
-def leave_record(
-    storage: Storage,
+def records_of(
     who: Part,
     data: DataFile,
     atoms: Mapping[str, Atom],
     scalars: Mapping[str, Json],
     train: Mapping[str, Json],
     ids: dict[int, tuple[int, ...]],
-) -> None:
-    """Say what lies in a data file that is durable: with this the rank's part of the step is there, and committed once all are.
-
-    `train` counts on rank 0. `ids` are those that this rank fed to the model, by step, since its last save.
-    Raises SaveError and StorageError; nothing that was there is changed.
-    """
+) -> Records:
+    """What `who` says of its data file. `train` counts on rank 0. `ids` are those that this rank fed to the model, by step, since its
+    last save. Raises UnsupportedState, which names the key."""
     refuse_unstorable(scalars, "state")
-    place = layout.folder(who.step, who.generation)
     record = RankFile(**who._asdict(), data=data, atoms=dict(atoms), scalars=dict(scalars), samples=ids)
-    if who.rank == 0:
-        _write_train(storage, place, TrainFile(who.step, who.generation, dict(train)))
-    storage.create(f"{place}/{layout.rank_json(who.rank)}", [encode(record)])
+    if who.rank != 0:
+        return Records(encode(record), None)
+    refuse_unstorable(train, "train")
+    return Records(encode(record), encode(TrainFile(who.step, who.generation, dict(train))))
 
 
 @contextlib.contextmanager
@@ -100,8 +95,3 @@ def refuse_unstorable(values: Mapping[str, Json], where: str) -> None:
         check_plain(dict(values), where)
     except FormatError as error:
         raise UnsupportedState(str(error)) from error
-
-
-def _write_train(storage: Storage, place: str, record: TrainFile) -> None:
-    refuse_unstorable(record.train, "train")
-    storage.create(f"{place}/{layout.TRAIN}", [encode(record)])

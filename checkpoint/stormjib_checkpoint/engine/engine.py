@@ -13,6 +13,7 @@ import logging
 import marshal
 import os
 from concurrent.futures import wait
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -21,7 +22,7 @@ from stormjib_checkpoint import reader
 from stormjib_checkpoint import state as states
 from stormjib_checkpoint.commit import commit_when_complete
 from stormjib_checkpoint.engine import group, torn
-from stormjib_checkpoint.engine.arena import Arena
+from stormjib_checkpoint.engine.berths import Berths
 from stormjib_checkpoint.engine.gate import Gate
 from stormjib_checkpoint.engine.plan import Plan, plan
 from stormjib_checkpoint.engine.saving import IN_FLIGHT, Pipeline, Save, Taken
@@ -37,6 +38,7 @@ from stormjib_checkpoint.errors import (
 )
 from stormjib_checkpoint.format import ResumePoint
 from stormjib_checkpoint.layout import GenerationId
+from stormjib_checkpoint.node_memory import Near
 from stormjib_checkpoint.opening import open_next
 from stormjib_checkpoint.retention import retain
 from stormjib_checkpoint.storage import Local
@@ -73,10 +75,13 @@ class Engine:
         keep_last: int = 2,
         job_uid: str = "",
         volatile: Collection[str] = (),
+        memory: str | os.PathLike[str] = "",
     ) -> None:
         """Without `generation` the next one is opened on `root` (by rank 0, for all), and this engine commits and deletes old steps.
         With one, whoever gave it does, and said where it resumes. `volatile` are patterns of names (`ema.*`) of tensors
         that may change at any moment; they are copied in the call. Buffers of a model given to `prepare` are volatile too.
+        `memory` is a folder on a memory-backed volume: staged there, a step outlives this process, and whoever starts the next one
+        can finish it (`adopting.adopt`). Without it a step that is not on the storage yet dies with the process.
 
         Raises StorageError where `root` cannot be written, and HistoryError.
         """
@@ -90,7 +95,8 @@ class Engine:
             self._open(())
         self._gate = Gate()
         self._buffers: set[int] = set()
-        self._arena: Arena | None = None
+        self._memory = Path(memory) if memory else None
+        self._berths = Berths(self._memory, int(os.environ.get("LOCAL_RANK", "0")))
         self._plan: Plan | None = None
         self._saves: list[Save] = []
         self._pipeline = Pipeline(self.storage, self._gate, self._commit)
@@ -106,21 +112,25 @@ class Engine:
         size = self._planned(states.collect(model, optimizer)).image.size
         if not optimizer.state:
             size += sum(2 * _local_bytes(parameter) + NAMED_BYTES for parameter in model.parameters())
-        self._have(size).touch()
+        self._have(size)
+        self._berths.touch()
 
     def reserve(self, state: Mapping[str, Value]) -> None:
         """As `prepare`, for a state that is complete already. Raises UnsupportedState, ArenaTooLarge."""
-        self._have(self._planned(state).image.size).touch()
+        self._have(self._planned(state).image.size)
+        self._berths.touch()
 
     def load(self, state: MutableMapping[str, Value]) -> dict[str, Json] | None:
         """Fill `state` from the step that this generation resumes from, as `reader.load` does. What was saved as `train`; None on a
         fresh start. Where a rank finds damage, all take the next older step; with a `generation` given, DamagedCheckpoint is raised
         instead. Raises StateMismatch, StorageError, NoUsableCheckpoint."""
-        return self._resumed(lambda point: reader.load(self.storage, point, state))
+        return self._resumed(lambda point: reader.load(self.storage, point, state, self._near()))
 
     def restore(self, model: nn.Module, optimizer: Optimizer) -> dict[str, Json] | None:
         """As `load`, into a model and its optimizer, for what `state.collect` has made of them."""
-        return self._resumed(lambda point: states.restore(self.storage, point, model, optimizer))
+        return self._resumed(
+            lambda point: states.restore(self.storage, point, model, optimizer, self._near())
+        )
 
     # --- while training ---------------------------------------------------------------------------------------------
 
@@ -188,9 +198,10 @@ class Engine:
         with torch.no_grad():
             clones = {name: local_of(state[name]).clone() for name in planned.volatile}
         scalars = {name: value for name, value in state.items() if not torch.is_tensor(value)}
+        self._have(planned.image.size)
         return Taken(
             Part(step, GenerationId.parse(self.generation), self.rank, self.world),
-            self._have(planned.image.size),
+            self._berths.next(),
             planned,
             tensors,
             [torn.version(tensor) for tensor in tensors],
@@ -206,12 +217,13 @@ class Engine:
             self._plan = plan(state, self.rank, self.world, self._volatile, self._buffers)
         return self._plan
 
-    def _have(self, size: int) -> Arena:
-        if self._arena is None or self._arena.size < size:
+    def _have(self, size: int) -> None:
+        if self._berths.size < size:
             wait([save.upload_completion for save in self._saves])
-            self._arena = None  # before the larger one: never two at a time
-            self._arena = Arena(size)
-        return self._arena
+            self._berths.make(size)
+
+    def _near(self) -> Near | None:
+        return Near(self._memory) if self._memory is not None else None
 
     def _settle(self) -> None:
         """Forget the saves that have ended. Raises TornCopy, and logs what else went wrong."""

@@ -32,7 +32,7 @@ class Gate:
     """
 
     def __init__(self) -> None:
-        self._copying: list[tuple[Job, Figures]] = []
+        self._copying: list[tuple[Job[None], Figures]] = []
         self._optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._hook = register_optimizer_step_pre_hook(self._before_step)
 
@@ -41,7 +41,7 @@ class Gate:
         if getattr(type(optimizer).step, "hooked", False):
             self._optimizers.add(optimizer)
 
-    def shut(self, copying: Job, figures: Figures) -> None:
+    def shut(self, copying: Job[None], figures: Figures) -> None:
         """Until this is done, and what it was shut for before. Whoever waits for it says so in `figures`."""
         self._copying = [one for one in self._copying if not one[0].future.done()] + [(copying, figures)]
 

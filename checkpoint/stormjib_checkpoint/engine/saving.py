@@ -14,17 +14,19 @@ from stormjib_checkpoint.engine.flush import Handover, flush
 from stormjib_checkpoint.engine.staging import stage
 from stormjib_checkpoint.engine.workers import Job, Workers
 from stormjib_checkpoint.errors import SaveError, TornCopy
-from stormjib_checkpoint.writer import leave_record, told_as_saved
+from stormjib_checkpoint.left import leave
+from stormjib_checkpoint.writer import records_of, told_as_saved
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     import torch
 
-    from stormjib_checkpoint.engine.arena import Arena
+    from stormjib_checkpoint.engine.berths import Berth
     from stormjib_checkpoint.engine.gate import Gate
     from stormjib_checkpoint.engine.plan import Plan
-    from stormjib_checkpoint.format import ResumePoint
+    from stormjib_checkpoint.format import DataFile, ResumePoint
+    from stormjib_checkpoint.left import Records
     from stormjib_checkpoint.storage import Storage
     from stormjib_checkpoint.writer import Part
 
@@ -74,7 +76,7 @@ class Taken(NamedTuple):
     """What the call has taken down of the state, so that it does not matter what becomes of the mapping afterwards."""
 
     who: Part
-    arena: Arena
+    berth: Berth
     plan: Plan
     tensors: Sequence[torch.Tensor]
     versions: Sequence[int]
@@ -98,29 +100,38 @@ class Pipeline:
     def begin(self, save: Save, taken: Taken, older: Save | None) -> None:
         """Shut the gate and let it go. `older` is the save before: steps are staged, and committed, in order."""
         handover = Handover()
-        copying = Job(lambda: self._to_memory(save, taken, handover), save.staging_completion)
+        staged: Future[DataFile] = Future()
+        copying = Job(lambda: self._to_memory(save, taken, handover, staged), save.staging_completion)
+        telling = Job(
+            lambda: _told(taken, staged)
+        )  # when the gate is open again: writing it down takes a while
         self._gate.shut(copying, save.figures)
-        self._flush.put(Job(lambda: self._to_storage(save, taken, older, handover), save.upload_completion))
+        self._flush.put(
+            Job(
+                lambda: self._to_storage(save, taken, older, handover, telling.future), save.upload_completion
+            )
+        )
         self._stage.put(copying)
+        self._stage.put(telling)
 
     def close(self) -> None:
         """Wait for all saves that have begun."""
         self._stage.close()
         self._flush.close()
 
-    def _to_memory(self, save: Save, taken: Taken, handover: Handover) -> None:
-        failed: BaseException | None = None
+    def _to_memory(self, save: Save, taken: Taken, handover: Handover, staged: Future[DataFile]) -> None:
         try:
             taken.ready()
-            self._copy(save, taken, handover)
+            data = self._copy(save, taken, handover)
             save.figures.staged_s = save.age_s()
         except BaseException as error:
-            failed = error
+            handover.end(error)
+            staged.set_exception(error)
             raise
-        finally:
-            handover.end(failed)
+        handover.end()
+        staged.set_result(data)
 
-    def _copy(self, save: Save, taken: Taken, handover: Handover) -> None:
+    def _copy(self, save: Save, taken: Taken, handover: Handover) -> DataFile:
         found = taken.plan.locals_of(taken.tensors)
         if found is None:
             raise SaveError(
@@ -129,13 +140,16 @@ class Pipeline:
             )
         parts = taken.plan.image.parts
         sources = [taken.clones.get(p.name, local) for p, local in zip(parts, found, strict=True)]
-        stage(taken.plan.image, sources, taken.arena, handover.put)
+        if taken.berth.slot is not None:
+            taken.berth.slot.clear()
+        data = stage(taken.plan.image, sources, taken.berth.arena, handover.put)
         name = torn.changed(self._copied(taken, found), save.step)
         if name is not None:
             raise TornCopy(
                 f"step {save.step} is not saved: {name} changed while it was copied. Call the engine's guard() before "
                 "whatever changes it, or name it in volatile="
             )
+        return data
 
     def _copied(self, taken: Taken, found: Sequence[torch.Tensor]) -> list[torn.Copied]:
         guarded = self._gate.guarded()
@@ -147,21 +161,32 @@ class Pipeline:
                 tensor,
                 version,
                 local,
-                taken.arena.address + start,
+                taken.berth.arena.address + start,
                 local.untyped_storage().data_ptr() in guarded,
             )
             for part, start, tensor, version, local in rows
             if part.name not in taken.clones
         ]
 
-    def _to_storage(self, save: Save, taken: Taken, older: Save | None, handover: Handover) -> None:
-        who, file = taken.who, taken.plan.image
+    def _to_storage(
+        self, save: Save, taken: Taken, older: Save | None, handover: Handover, records: Future[Records]
+    ) -> None:
+        who = taken.who
         path = f"{layout.folder(who.step, who.generation)}/{layout.rank_data(who.rank)}"
-        scalars, train = marshal.loads(taken.scalars), marshal.loads(taken.train)
         with told_as_saved(who):
-            data = flush(self._storage, path, file.size, taken.arena, handover)
-            leave_record(self._storage, who, data, file.atoms, scalars, train, taken.samples)
+            flush(self._storage, path, taken.plan.image.size, taken.berth.arena, handover)
+            leave(self._storage, who.step, who.generation, who.rank, records.result())
         save.figures.durable_s = save.age_s()
         if older is not None:
             wait([older.upload_completion])
         self._commit(save)
+
+
+def _told(taken: Taken, staged: Future[DataFile]) -> Records:
+    """What is said of the data, once it is staged. A slot that holds it says so from then on: it is safe from the death of this process."""
+    data = staged.result()
+    scalars, train = marshal.loads(taken.scalars), marshal.loads(taken.train)
+    records = records_of(taken.who, data, taken.plan.image.atoms, scalars, train, taken.samples)
+    if taken.berth.slot is not None:
+        taken.berth.slot.tell(records)
+    return records

@@ -8,6 +8,7 @@ import torch
 import xxhash
 
 from stormjib_checkpoint.engine import memory
+from stormjib_checkpoint.format import DataFile
 from stormjib_checkpoint.tensors import on_host
 
 if TYPE_CHECKING:
@@ -21,25 +22,27 @@ BLOCK_BYTES = 1024 * 1024
 
 
 def stage(
-    file: Image, locals_: Sequence[torch.Tensor], arena: Arena, staged: Callable[[int, str], None]
-) -> None:
-    """Fill the arena with the file whose parts are `locals_` now. `staged` is told the number and xxh3_64 of each piece as soon as it
-    is whole; the piece is then held by whoever was told."""
+    file: Image, locals_: Sequence[torch.Tensor], arena: Arena, staged: Callable[[int], None]
+) -> DataFile:
+    """Fill the arena with the file whose parts are `locals_` now. `staged` is told the number of each piece as soon as it is whole; the
+    piece is then held by whoever was told."""
     filling = _Filling(file.size, arena, staged)
     filling.put(torch.frombuffer(bytearray(file.head), dtype=torch.uint8))
     with torch.no_grad():
         for local in locals_:
             filling.put(on_host(local))
+    return DataFile(file.size, arena.piece_bytes, tuple(filling.digests))
 
 
 class _Filling:
     """The file from front to back."""
 
-    def __init__(self, size: int, arena: Arena, staged: Callable[[int, str], None]) -> None:
+    def __init__(self, size: int, arena: Arena, staged: Callable[[int], None]) -> None:
         self._size, self._arena, self._staged = size, arena, staged
         self._piece_bytes = arena.piece_bytes
         self._at = 0
         self._hash = xxhash.xxh3_64()
+        self.digests: list[str] = []
 
     def put(self, tensor: torch.Tensor) -> None:
         """The next bytes, from a contiguous tensor of the CPU."""
@@ -55,5 +58,6 @@ class _Filling:
                 self._close()
 
     def _close(self) -> None:
-        self._staged((self._at - 1) // self._piece_bytes, self._hash.hexdigest())
+        self.digests.append(self._hash.hexdigest())
         self._hash.reset()
+        self._staged((self._at - 1) // self._piece_bytes)

@@ -100,12 +100,16 @@ def assert_saved(engine: Engine, save: Save, wanted: Mapping[str, Value]) -> Non
         assert same, name
 
 
+def arena_of(engine: Engine) -> arenas.Arena:
+    """Where it stages, without a node's memory."""
+    return engine._berths._berths[0].arena
+
+
 @contextmanager
 def held(engine: Engine, state: Mapping[str, Value], piece: int = -1) -> Iterator[threading.Event]:
     """Within it, copying gets as far as a piece (the last one), which sets the event, and no further."""
     engine.reserve(state)
-    arena, planned = engine._arena, engine._plan
-    assert arena is not None
+    arena, planned = arena_of(engine), engine._plan
     assert planned is not None
     number = range(-(-planned.image.size // PIECE))[piece]
     reached, go_on = threading.Event(), threading.Event()
@@ -342,10 +346,10 @@ def test_a_state_of_another_form_is_planned_anew(engine: Engine) -> None:
 def test_memory_is_taken_before_the_first_save(engine: Engine, amsgrad: bool) -> None:
     model, optimizer = trained(0, amsgrad=amsgrad)
     engine.prepare(model, optimizer)
-    before = engine._arena
+    before = arena_of(engine)
     step(model, optimizer)
     engine.async_save(collect(model, optimizer), step=1).upload_completion.result(SOON_S)
-    assert (engine._arena is before) != amsgrad, (
+    assert (arena_of(engine) is before) != amsgrad, (
         "three moments are more than is expected, and are saved all the same"
     )
 
@@ -353,10 +357,9 @@ def test_memory_is_taken_before_the_first_save(engine: Engine, amsgrad: bool) ->
 def test_a_third_save_waits_and_says_so(engine: Engine) -> None:
     state: dict[str, Value] = {"a": torch.randn(3000, 4)}
     engine.reserve(state)
-    assert engine._arena is not None
-    engine._arena.take(0)
+    arena_of(engine).take(0)
     saves = [engine.async_save(state, step=number) for number in (1, 2)]
-    threading.Timer(0.2, engine._arena.free, [0]).start()
+    threading.Timer(0.2, arena_of(engine).free, [0]).start()
     third = engine.async_save(state, step=3)
     assert third.figures.busy_s > 0.1
     assert third.figures.call_s >= third.figures.busy_s
