@@ -455,3 +455,4 @@ class Env(StrEnum):
     GENERATION = "STORMJIB_GENERATION"  # 2.7
     RESUME = "STORMJIB_RESUME"  # JSON of a ResumePoint, or empty
     PAGE_DIR = "STORMJIB_PAGE_DIR"  # pages are PAGE_DIR/<local rank>
+    MEMORY_DIR = "STORMJIB_MEMORY_DIR"  # where ranks stage what they save, so that it outlives them

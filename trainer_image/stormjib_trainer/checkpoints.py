@@ -171,4 +171,5 @@ def _engine(env: Environment) -> Engine | None:
         resume=resume,
         keep_last=env.checkpoint_keep,
         job_uid=env.job_uid,
+        memory=env.checkpoint_memory,
     )

@@ -36,6 +36,8 @@ class Environment:
     job_uid: str = ""
     checkpoint_root: str = ""
     """Empty: nothing is saved."""
+    checkpoint_memory: str = ""
+    """Where steps are staged so that they outlive this process; empty: in its own memory."""
     checkpoint_interval: int = 0
     """Steps between saves; 0: only when asked to, and at the end."""
     checkpoint_keep: int = 3
@@ -56,6 +58,7 @@ def read(env: Mapping[str, str] = os.environ) -> Environment:
         resume=codec.decode(ResumePoint, resume) if resume else None,
         job_uid=env.get(Env.JOB_UID, ""),
         checkpoint_root=env.get(Env.CHECKPOINT_ROOT, ""),
+        checkpoint_memory=env.get(Env.MEMORY_DIR, ""),
         checkpoint_interval=int(env.get(Env.CHECKPOINT_INTERVAL) or 0),
         checkpoint_keep=int(env.get(Env.CHECKPOINT_KEEP) or 3),
         integrity=_integrity(env),
