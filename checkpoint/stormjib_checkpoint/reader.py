@@ -20,7 +20,7 @@ from stormjib_checkpoint.errors import (
 )
 from stormjib_checkpoint.format import ITEM_BYTES, Atom, DataFile
 from stormjib_checkpoint.pieces import piece_digest
-from stormjib_checkpoint.step import CommittedStep
+from stormjib_checkpoint.step import CommittedStep, unreadable_is_damaged
 from stormjib_checkpoint.tensors import Held, Value, held, is_direct, memory
 
 if TYPE_CHECKING:
@@ -85,6 +85,7 @@ class Checkpoint:
                 )
         return parts
 
+    @unreadable_is_damaged()
     def _read_rank(self, rank: int, copies: list[_Copy]) -> None:
         path = self._step.data_path(rank)
         data = self._step.rank(rank).data

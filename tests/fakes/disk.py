@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import threading
 from typing import NamedTuple
 
 ROOT = 0
@@ -98,15 +99,18 @@ class Disk:
         self.tree = tree if tree is not None else Tree()
         self.log: list[Entry] = log if log is not None else []
         self._open: dict[int, int] = {}
+        self._lock = threading.Lock()
         self._next = 1_000 + max(self.tree.files, default=0) - min(self.tree.folders)
 
     def _change(self, change: Change) -> None:
-        self.tree.apply(change)
-        self.log.append(change)
+        with self._lock:
+            self.tree.apply(change)
+            self.log.append(change)
 
     def _number(self) -> int:
-        self._next += 1
-        return self._next
+        with self._lock:
+            self._next += 1
+            return self._next
 
     def _folder(self, path: str) -> int:
         node = ROOT
