@@ -26,10 +26,13 @@ def stage(
     """Fill the arena with the file whose parts are `locals_` now. `staged` is told the number and xxh3_64 of each piece as soon as it
     is whole; the piece is then held by whoever was told."""
     filling = _Filling(file.size, arena, staged)
-    filling.put(torch.frombuffer(bytearray(file.head), dtype=torch.uint8))
-    with torch.no_grad():
-        for local in locals_:
-            filling.put(on_host(local))
+    try:
+        filling.put(torch.frombuffer(bytearray(file.head), dtype=torch.uint8))
+        with torch.no_grad():
+            for local in locals_:
+                filling.put(on_host(local))
+    finally:
+        filling.let_go()
 
 
 class _Filling:
@@ -39,6 +42,8 @@ class _Filling:
         self._size, self._arena, self._staged = size, arena, staged
         self._piece_bytes = arena.piece_bytes
         self._at = 0
+        self._piece: int | None = None
+        """The one that is being filled."""
         self._hash = xxhash.xxh3_64()
 
     def put(self, tensor: torch.Tensor) -> None:
@@ -46,7 +51,7 @@ class _Filling:
         source, left = tensor.data_ptr(), tensor.numel() * tensor.element_size()
         while left:
             if self._at % self._piece_bytes == 0:
-                self._arena.take(self._at // self._piece_bytes)
+                self._take(self._at // self._piece_bytes)
             count = min(left, BLOCK_BYTES, self._piece_bytes - self._at % self._piece_bytes)
             memory.copy(self._arena.address + self._at, source, count)
             self._hash.update(self._arena.view[self._at : self._at + count])
@@ -54,6 +59,17 @@ class _Filling:
             if self._at % self._piece_bytes == 0 or self._at == self._size:
                 self._close()
 
+    def let_go(self) -> None:
+        """Of a piece that will not be filled to its end: the next save would wait for it."""
+        if self._piece is not None:
+            self._arena.free(self._piece)
+
+    def _take(self, piece: int) -> None:
+        self._arena.take(piece)
+        self._piece = piece
+
     def _close(self) -> None:
-        self._staged((self._at - 1) // self._piece_bytes, self._hash.hexdigest())
+        assert self._piece is not None
+        piece, self._piece = self._piece, None
+        self._staged(piece, self._hash.hexdigest())
         self._hash.reset()

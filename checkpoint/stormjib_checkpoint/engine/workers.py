@@ -16,6 +16,7 @@ class Job:
 
     def __init__(self, work: Callable[[], None], future: Future[None] | None = None) -> None:
         self.future: Future[None] = future if future is not None else Future()
+        self.future.set_running_or_notify_cancel()  # what is asked is done: a future that a caller cancels could not be set
         self._work: Callable[[], None] | None = work
         self._lock = threading.Lock()
 

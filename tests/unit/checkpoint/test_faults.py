@@ -7,12 +7,12 @@ import errno
 from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
 
 from fakes import training
 from fakes.disk import Disk
+from fakes.lives import SOON_S, begin, load, next_life, save
 from fakes.watched import Call, Failing, watched
-from stormjib_checkpoint.engine import Engine, Save
+from stormjib_checkpoint.engine import Engine
 from stormjib_checkpoint.engine import arena as arenas
 from stormjib_checkpoint.errors import NoUsableCheckpoint, StorageError, StorageFull
 from stormjib_checkpoint.history import committed, saves
@@ -26,47 +26,12 @@ if TYPE_CHECKING:
     from fakes.watched import Hook
 
 ROOT = "/team/job"
-SOON_S = 10.0
 DATA, RECORD, MANIFEST = "*rank-00000.safetensors*", "*rank-00000.json*", "*MANIFEST.json*"
 
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arenas, "PIECE_BYTES", 8192)
-
-
-def state_of(step: int) -> dict[str, torch.Tensor]:
-    return {"a": torch.arange(12_000.0) + step, "b": torch.full((7,), step, dtype=torch.bfloat16)}
-
-
-def save(engine: Engine, step: int) -> BaseException | None:
-    """Save a step; how that failed."""
-    return begin(engine, step).upload_completion.exception(SOON_S)
-
-
-def begin(engine: Engine, step: int) -> Save:
-    return engine.async_save(state_of(step), step=step, train={"step": step})
-
-
-def load(engine: Engine) -> int:
-    """Load what the engine resumes from, and check every bit; the step."""
-    found = {name: torch.zeros_like(value) for name, value in state_of(0).items()}
-    train = engine.load(found)
-    assert train is not None
-    assert all(torch.equal(found[name], value) for name, value in state_of(train["step"]).items())
-    return int(train["step"])
-
-
-def next_life(disk: Disk) -> int:
-    """Another process opens the next generation, loads, and saves a later step; the step that it has loaded."""
-    engine = Engine(Local(ROOT, disk))
-    step = load(engine)
-    assert save(engine, step + 100) is None
-    engine.close()
-    again = Engine(Local(ROOT, disk))
-    assert load(again) == step + 100
-    again.close()
-    return step
 
 
 class Switch:
@@ -129,7 +94,7 @@ def test_a_fault_spoils_one_step_and_is_told(
     assert save(engine, 4) is None
     assert committed(engine.storage)[0].step == 4
     engine.close()
-    assert next_life(disk) == 4
+    assert next_life(Local(ROOT, disk)) == 4
 
 
 @pytest.mark.parametrize(("call", "path", "error"), SPOILING)
@@ -139,7 +104,7 @@ def test_and_a_process_that_then_dies_leaves_a_whole_step(
     switch.hook = Failing(call, path, error)
     assert save(engine, 3) is not None
     engine.close()
-    assert next_life(disk) in (2, 3)
+    assert next_life(Local(ROOT, disk)) in (2, 3)
 
 
 @pytest.mark.parametrize("path", [DATA, RECORD, MANIFEST])
@@ -193,11 +158,11 @@ def test_a_fault_while_old_steps_are_deleted_costs_no_new_one(
     assert fault.fired == 1
     assert [step for step, _ in saves(engine.storage)] == [3, 4], "what was not deleted then is now"
     engine.close()
-    assert next_life(disk) == 4
+    assert next_life(Local(ROOT, disk)) == 4
 
 
 def test_short_writes_are_gone_on_with(engine: Engine, switch: Switch, disk: Disk) -> None:
-    written = []
+    written: list[int] = []
 
     def a_few(call: Call, do: Callable[..., Any]) -> Any:
         if call.name != "write_at":
@@ -210,7 +175,7 @@ def test_short_writes_are_gone_on_with(engine: Engine, switch: Switch, disk: Dis
     assert save(engine, 3) is None
     assert len(written) > 100
     engine.close()
-    assert next_life(disk) == 3
+    assert next_life(Local(ROOT, disk)) == 3
 
 
 UNREADABLE = [
@@ -237,7 +202,7 @@ def test_what_the_disk_cannot_give_back_is_damage_and_the_step_before_is_taken(
     assert fault.fired
     assert save(again, 5) is None
     again.close()
-    assert next_life(disk) == 5
+    assert next_life(Local(ROOT, disk)) == 5
 
 
 @pytest.mark.parametrize(("call", "file"), UNREADABLE)
@@ -261,4 +226,4 @@ def test_where_nothing_can_be_read_nobody_starts_anew(engine: Engine, disk: Disk
         with pytest.raises(error):
             Engine(Local(ROOT, watched(disk, fault)))
         assert fault.fired
-    assert next_life(disk) == 2
+    assert next_life(Local(ROOT, disk)) == 2
