@@ -102,6 +102,14 @@ class Disk:
         self._lock = threading.Lock()
         self._next = 1_000 + max(self.tree.files, default=0) - min(self.tree.folders)
 
+    def content(self, path: str) -> bytes:
+        """What a file holds."""
+        return self.tree.files[self._file(path)]
+
+    def damage(self, path: str, data: bytes) -> None:
+        """A file holds this now, and nobody has written it."""
+        self.tree.files[self._file(path)] = data
+
     def _change(self, change: Change) -> None:
         with self._lock:
             self.tree.apply(change)
