@@ -15,6 +15,7 @@ from stormjib_checkpoint.errors import (
     FormatError,
     Incomplete,
     Inconsistent,
+    MediumFailed,
     NotThere,
     StepPassed,
 )
@@ -131,7 +132,7 @@ def finish(storage: Storage, generation: GenerationId) -> list[str]:
     for step in [s for s, g in saves(storage) if g == generation and s > above]:
         try:
             commit_step(storage, str(generation), _world(storage, step, generation), step)
-        except (Incomplete, Inconsistent, StepPassed) as error:
+        except (Incomplete, Inconsistent, StepPassed, MediumFailed) as error:
             given_up.append(str(error))
     return given_up
 
@@ -259,9 +260,11 @@ def _merged_samples(
         path = f"{layout.folder(step, generation)}/{layout.rank_json(record.rank)}"
         try:
             data = storage.read(path, MAX_SMALL_FILE)
-        except NotThere:
-            continue
-        merged |= _rank_record(data, path, (step, generation, record.rank, record.world)).samples
+            told = _rank_record(data, path, (step, generation, record.rank, record.world))
+        except (NotThere, MediumFailed, Inconsistent):
+            continue  # the audit finds the gap; for its sake no later step shall stay uncommitted
+        if told.attempt == record.attempt:  # what ranks fed before they were restarted, they have fed again
+            merged |= told.samples
     return merged | record.samples
 
 

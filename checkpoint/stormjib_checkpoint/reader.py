@@ -21,7 +21,7 @@ from stormjib_checkpoint.errors import (
 )
 from stormjib_checkpoint.format import ITEM_BYTES, Atom, DataFile
 from stormjib_checkpoint.pieces import piece_digest
-from stormjib_checkpoint.step import CommittedStep
+from stormjib_checkpoint.step import CommittedStep, unreadable_is_damaged
 from stormjib_checkpoint.tensors import Held, Value, held, is_direct, memory
 
 if TYPE_CHECKING:
@@ -90,6 +90,7 @@ class Checkpoint:
                 )
         return parts
 
+    @unreadable_is_damaged()
     def _read_rank(self, rank: int, copies: list[_Copy]) -> None:
         path = self._step.data_path(rank)
         data = self._step.rank(rank).data
@@ -106,16 +107,29 @@ class Checkpoint:
 
     def _read_pieces(self, file: Opened, rank: int, data: DataFile, copies: list[_Copy]) -> None:
         buffer = memoryview(bytearray(min(data.piece_bytes, data.bytes)))
+        for index in range(self._header_bytes(rank) // data.piece_bytes):
+            self._proved(
+                file, rank, data, index, buffer
+            )  # nobody reads tensors from these, so nobody else proves them
         for index, cuts in groupby(_cut(copies, data.piece_bytes), key=lambda cut: cut[0]):
             start = index * data.piece_bytes
-            piece = buffer[: min(data.piece_bytes, data.bytes - start)]
-            if file.read_into(start, piece) != len(piece) or piece_digest(piece) != data.pieces[index]:
-                raise DamagedCheckpoint(
-                    f"{self._step.data_path(rank)}: bytes {start} to {start + len(piece)} are not those that were written; "
-                    f"they hold {self._names(rank, start, start + len(piece))}"
-                )
+            piece = self._proved(file, rank, data, index, buffer)
             for _, copy in cuts:
                 copy.target[copy.into : copy.into + copy.length] = piece[copy.start - start :][: copy.length]
+
+    def _proved(self, file: Opened, rank: int, data: DataFile, index: int, buffer: memoryview) -> memoryview:
+        """A piece, read into `buffer`."""
+        start = index * data.piece_bytes
+        piece = buffer[: min(data.piece_bytes, data.bytes - start)]
+        if file.read_into(start, piece) != len(piece) or piece_digest(piece) != data.pieces[index]:
+            raise DamagedCheckpoint(
+                f"{self._step.data_path(rank)}: bytes {start} to {start + len(piece)} are not those that were written; "
+                f"they hold {self._names(rank, start, start + len(piece))}"
+            )
+        return piece
+
+    def _header_bytes(self, rank: int) -> int:
+        return min(box.start for atom in self.atoms.values() for box in atom.boxes if box.rank == rank)
 
     def _names(self, rank: int, start: int, end: int) -> str:
         found = sorted(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from stormjib_checkpoint.errors import NotThere
+from stormjib_checkpoint.errors import MediumFailed, NotThere
 from stormjib_checkpoint.pieces import piece_digest
 from stormjib_checkpoint.step import CommittedStep
 
@@ -36,6 +36,6 @@ def flaw(storage: Storage, path: str, data: DataFile) -> str | None:
                 piece = buffer[: min(data.piece_bytes, data.bytes - start)]
                 if file.read_into(start, piece) != len(piece) or piece_digest(piece) != digest:
                     return f"bytes {start} to {start + len(piece)} are not those that were written"
-    except NotThere as error:
+    except (NotThere, MediumFailed) as error:
         return str(error)
     return None

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from stormjib_checkpoint import layout
 from stormjib_checkpoint.engine.arena import Arena
 from stormjib_checkpoint.engine.flush import Handover, flush
-from stormjib_checkpoint.engine.staging import stage
+from stormjib_checkpoint.engine.staging import Copying
 from stormjib_checkpoint.image import image_of
 from stormjib_checkpoint.layout import GenerationId
 from stormjib_checkpoint.left import leave
@@ -51,7 +51,7 @@ def save_parts(
     ids = checked_ids(samples)
     file = image_of(parts, who.rank)
     arena, handover = Arena(file.size), Handover()
-    data = stage(file, [part.local for part in file.parts], arena, handover.put)
+    data = Copying(file, [part.local for part in file.parts], arena, handover.put).finish()
     handover.end()
     path = f"{layout.folder(who.step, who.generation)}/{layout.rank_data(who.rank)}"
     with told_as_saved(who):

@@ -24,8 +24,9 @@ from stormjib_checkpoint.commit import commit_when_complete
 from stormjib_checkpoint.engine import group, torn
 from stormjib_checkpoint.engine.berths import Berths
 from stormjib_checkpoint.engine.gate import Gate
+from stormjib_checkpoint.engine.pipeline import IN_FLIGHT, Pipeline
 from stormjib_checkpoint.engine.plan import Plan, plan
-from stormjib_checkpoint.engine.saving import IN_FLIGHT, Pipeline, Save, Taken
+from stormjib_checkpoint.engine.saving import Save, Taken
 from stormjib_checkpoint.errors import (
     CommitError,
     DamagedCheckpoint,
@@ -99,7 +100,7 @@ class Engine:
         self._berths = Berths(self._memory, int(os.environ.get("LOCAL_RANK", "0")))
         self._plan: Plan | None = None
         self._saves: list[Save] = []
-        self._pipeline = Pipeline(self.storage, self._gate, self._commit)
+        self._pipeline = Pipeline(self.storage, self._gate, self._commit, self._retain)
         atexit.register(self.close)  # a save that was begun is finished, whoever forgets to wait for it
 
     # --- before training --------------------------------------------------------------------------------------------
@@ -170,8 +171,9 @@ class Engine:
         self._gate.wait()
 
     def wait(self) -> None:
-        """Until no save is on its way. Raises TornCopy as `async_save` does."""
+        """Until no save is on its way, and what is too old is deleted. Raises TornCopy as `async_save` does."""
         wait([save.upload_completion for save in self._saves])
+        self._pipeline.tidied()
         self._settle()
 
     def close(self) -> None:
@@ -248,9 +250,11 @@ class Engine:
             _log.warning("step %d is not committed: %s", save.step, error)
             return
         save.figures.committed_s = save.age_s()
+
+    def _retain(self, save: Save) -> None:
         try:
             retain(self.storage, self.generation, self._keep_last)
-        except StorageError as error:  # the step is committed whatever becomes of the old ones
+        except StorageError as error:
             _log.warning("old steps are not deleted: %s", error)
 
     def _open(self, refused: Sequence[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 from concurrent.futures import Future
@@ -18,6 +19,7 @@ class Job(Generic[T]):
 
     def __init__(self, work: Callable[[], T], future: Future[T] | None = None) -> None:
         self.future: Future[T] = future if future is not None else Future()
+        self.future.set_running_or_notify_cancel()  # what is asked is done: a future that a caller cancels could not be set
         self._work: Callable[[], T] | None = work
         self._lock = threading.Lock()
 
@@ -38,7 +40,8 @@ class Job(Generic[T]):
 class Workers:
     """A few threads that take jobs in order. They do not keep the interpreter alive: whoever has them waits for its jobs."""
 
-    def __init__(self, name: str, threads: int = 1) -> None:
+    def __init__(self, name: str, threads: int = 1, nice: int = 0) -> None:
+        self.threads, self._nice = threads, nice
         self._jobs: queue.SimpleQueue[Job[Any] | None] = queue.SimpleQueue()
         self._threads = [threading.Thread(target=self._run, name=name, daemon=True) for _ in range(threads)]
         for thread in self._threads:
@@ -57,6 +60,8 @@ class Workers:
             thread.join()
 
     def _run(self) -> None:
+        if self._nice:
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), self._nice)
         while (job := self._jobs.get()) is not None:
             job.do()
             del job  # or it would keep a whole model alive until the next one

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
-from stormjib_checkpoint.engine import Engine, Save, memory
+from stormjib_checkpoint.engine import Engine, Save, memory, pipeline, staging
 from stormjib_checkpoint.engine import arena as arenas
 from stormjib_checkpoint.errors import (
     ArenaTooLarge,
@@ -158,6 +158,47 @@ def test_the_optimizer_waits_until_the_last_byte_is_copied(engine: Engine) -> No
     assert save.figures.waited_s > 0.1
     assert_saved(engine, save, wanted)
     assert raw(model.table.weight) != raw(wanted["model.table.weight"])
+
+
+@pytest.mark.parametrize("hands", [0, 3])
+def test_whoever_waits_copies_and_so_do_the_hands_kept_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hands: int
+) -> None:
+    """The thread that copies gets no processor time, because training has them all: it is held at its first piece."""
+    monkeypatch.setattr(pipeline, "hands", lambda: hands)
+    engine = Engine(tmp_path / "job")
+    state: dict[str, Value] = {"table": torch.randn(8 * PIECE // 4)}
+    with held(engine, state, piece=0) as reached:
+        save = engine.async_save(state, step=1)
+        assert reached.wait(SOON_S)
+        workers: set[threading.Thread] = set()
+        all_here, fill = threading.Event(), staging.Copying._fill
+
+        def noted(copying: staging.Copying, piece: int) -> str:
+            workers.add(threading.current_thread())
+            if len(workers) > hands:
+                all_here.set()
+            assert all_here.wait(SOON_S)
+            return fill(copying, piece)
+
+        monkeypatch.setattr(staging.Copying, "_fill", noted)
+        waiting = threading.Thread(target=engine.guard, name="waiting")
+        waiting.start()
+        assert all_here.wait(SOON_S), "they have not all come"
+        assert sorted(thread.name for thread in workers) == ["stormjib-hand"] * hands + ["waiting"]
+        assert not save.staging_completion.done()
+    waiting.join(SOON_S)
+    assert_saved(engine, save, state)
+    engine.close()
+
+
+def test_what_has_to_be_brought_to_the_host_first_is_there_once_at_a_time(engine: Engine) -> None:
+    state: dict[str, Value] = {
+        str(n): torch.randn(PIECE // 4, 3).t() for n in range(6)
+    }  # no plain memory: it has to be laid out first
+    save = engine.async_save(state, step=1)
+    engine.guard()
+    assert_saved(engine, save, state)
 
 
 def test_an_optimizer_in_the_backward_pass_waits_too(engine: Engine) -> None:
