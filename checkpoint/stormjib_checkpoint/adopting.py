@@ -47,7 +47,7 @@ def adopt(storage: Storage, memory: Path) -> Adopted:
     """
     parts: list[tuple[int, int]] = []
     notes: list[str] = []
-    for one in sorted(staged(memory), key=lambda one: one.record.step):
+    for one in sorted(staged(memory, storage.key), key=lambda one: one.record.step):
         what = f"rank {one.record.rank} of step {one.record.step}"
         try:
             if not _is_wanted(storage, one.record):

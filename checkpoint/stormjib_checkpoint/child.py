@@ -25,8 +25,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from stormjib_checkpoint.commit import POLL_S, WAIT_S, Pending, commit_step
-from stormjib_checkpoint.errors import CheckpointError, FormatError, StorageError
+from stormjib_checkpoint.errors import BadKey, CheckpointError, FormatError, StorageError
 from stormjib_checkpoint.history import highest
+from stormjib_checkpoint.keys import from_environment
 from stormjib_checkpoint.layout import GenerationId  # noqa: TC001 - records are built from their annotations
 from stormjib_checkpoint.node_memory import staged
 from stormjib_checkpoint.opening import open_generation
@@ -150,7 +151,7 @@ class Child:
         return {"resume": _plain_point(opening.resume), "notes": list(opening.notes)}
 
     def _adopt(self, request: Adopt) -> Answer:
-        if next(staged(Path(request.memory)), None) is None:
+        if next(staged(Path(request.memory), self._storage.key), None) is None:
             return {"adopted": [], "notes": []}
         from stormjib_checkpoint.adopting import (
             adopt,  # here: where ranks have staged, there is what they hash with
@@ -248,8 +249,12 @@ def main() -> None:
     """Entry point: the root of the job's checkpoints is the only argument."""
     if len(sys.argv) != 2:
         sys.exit("usage: python -m stormjib_checkpoint.child ROOT")
+    try:
+        storage = Local(sys.argv[1], key=from_environment())
+    except BadKey as error:
+        sys.exit(str(error))
     with contextlib.suppress(BrokenPipeError):  # the agent is gone, and with it everybody who could ask
-        serve(Child(Local(sys.argv[1]), _to_log), sys.stdin.fileno(), sys.stdout.fileno())
+        serve(Child(storage, _to_log), sys.stdin.fileno(), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from stormjib_checkpoint import commit, history, layout, retention, verify
 from stormjib_checkpoint.errors import CheckpointError
+from stormjib_checkpoint.keys import from_environment
 from stormjib_checkpoint.ledger import audit as read_audit
 from stormjib_checkpoint.step import CommittedStep
 from stormjib_checkpoint.storage import Local, Storage
@@ -38,7 +39,7 @@ Step = Annotated[int | None, typer.Option(help="A committed step of the history;
 @app.command()
 def ls(root: Root, json: AsJson = False) -> None:
     """List every save, newest last: committed and in the history, or why it does not count."""
-    storage = Local(root)
+    storage = _storage(root)
     with _told():
         points = {(p.step, p.generation) for p in history.committed(storage)}
         rows = [_row(storage, step, generation, points) for step, generation in history.saves(storage)]
@@ -55,7 +56,7 @@ def ls(root: Root, json: AsJson = False) -> None:
 @app.command()
 def show(root: Root, step: Step = None, json: AsJson = False) -> None:
     """Show what a committed step holds: every tensor with type, shape and the ranks that wrote it; every scalar."""
-    storage = Local(root)
+    storage = _storage(root)
     with _told():
         point = _point(storage, step)
         content = CommittedStep(storage, point).atoms()
@@ -68,13 +69,18 @@ def show(root: Root, step: Step = None, json: AsJson = False) -> None:
         for name, atom in content.atoms.items()
     }
     if json:
-        _json({**point._asdict(), "tensors": tensors, "scalars": content.scalars})
+        rest = {"ties": content.ties, "absent": content.absent, "scalars": content.scalars}
+        _json({**point._asdict(), "tensors": tensors, **rest})
         return
     _out.print(f"step {point.step} of generation {point.generation}, manifest {point.digest}")
     table = Table("name", "type", "shape", "ranks", box=None)
     for name, tensor in tensors.items():
         shape = "x".join(map(str, tensor["shape"])) or "scalar"
         table.add_row(name, tensor["dtype"], shape, ",".join(map(str, tensor["ranks"])))
+    for name, first in content.ties.items():
+        table.add_row(name, "is", first, "")
+    for name in content.absent:
+        table.add_row(name, "absent", "", "")
     _out.print(table)
     for name, value in content.scalars.items():
         _out.print(f"{name} = {value!r}", markup=False, highlight=False)
@@ -83,7 +89,7 @@ def show(root: Root, step: Step = None, json: AsJson = False) -> None:
 @app.command(name="verify")
 def verify_step(root: Root, step: Step = None, json: AsJson = False) -> None:
     """Read every byte of a committed step and prove it. Exit code 1 and the file's name where it is damaged."""
-    storage = Local(root)
+    storage = _storage(root)
     with _told():
         point = _point(storage, step)
         world = CommittedStep(storage, point).manifest.world
@@ -111,7 +117,7 @@ def verify_step(root: Root, step: Step = None, json: AsJson = False) -> None:
 def finish(root: Root) -> None:
     """Commit what the highest generation left complete and uncommitted, and say why the rest cannot be. For a job that is gone:
     its next generation does the same by itself."""
-    storage = Local(root)
+    storage = _storage(root)
     with _told():
         newest = history.highest(storage)
         if newest is None:
@@ -127,7 +133,7 @@ def finish(root: Root) -> None:
 @app.command()
 def gc(root: Root, keep: Keep = 2, dry_run: DryRun = False) -> None:
     """Delete old saves as the job itself does: never the newest two, what it resumed from, or the ledger."""
-    storage = Local(root)
+    storage = _storage(root)
     with _told():
         newest = history.highest(storage)
         if newest is None:
@@ -144,7 +150,7 @@ def gc(root: Root, keep: Keep = 2, dry_run: DryRun = False) -> None:
 def audit(root: Root) -> None:
     """Count the samples along the history of the highest generation. Exit code 1 where steps are missing or damaged."""
     with _told():
-        found = read_audit(Local(root))
+        found = read_audit(_storage(root))
     fed = sum(len(found.ids(step)) for step in found.steps)
     gaps, twice = found.gaps(), found.twice()
     _out.print(
@@ -154,6 +160,11 @@ def audit(root: Root) -> None:
         _out.print(problem, markup=False)
     if gaps or found.problems:
         raise typer.Exit(1)
+
+
+def _storage(root: Path) -> Storage:
+    with _told():
+        return Local(root, key=from_environment())
 
 
 def _row(

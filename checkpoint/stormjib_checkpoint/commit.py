@@ -10,7 +10,6 @@ import time
 from typing import TYPE_CHECKING
 
 from stormjib_checkpoint import layout
-from stormjib_checkpoint.boxes import flaw
 from stormjib_checkpoint.errors import (
     FormatError,
     Incomplete,
@@ -21,14 +20,13 @@ from stormjib_checkpoint.errors import (
 )
 from stormjib_checkpoint.format import (
     MAX_SMALL_FILE,
-    Atom,
-    AtomsFile,
     GenerationFile,
     Manifest,
     RankFile,
     ResumePoint,
 )
 from stormjib_checkpoint.history import committed_by, read_generation, saves
+from stormjib_checkpoint.index import index_of
 from stormjib_checkpoint.layout import GenerationId
 from stormjib_checkpoint.ledger import Samples, segment
 from stormjib_checkpoint.left import create_same
@@ -54,14 +52,14 @@ def commit_step(storage: Storage, generation: str, world: int, step: int) -> Res
         return secured(storage, ResumePoint(step, generation, sha256(_manifest(storage, step, own))))
     before = _step_before(record, done, step)
     ranks, raw = _read_ranks(storage, step, own, world)
-    _check_equal(ranks, layout.folder(step, own))
-    files = raw | _index(storage, step, own, ranks)
+    files = raw | _index(storage, ranks, layout.folder(step, own))
     ledger = segment(_samples(storage, own, ranks, before), before, step)
     if ledger is not None:
         create_same(storage, layout.ledger_file(own, ledger[0].first, ledger[0].last), ledger[1])
     data = {layout.rank_data(r.rank): r.data.bytes for r in ranks}
     manifest = encode(
-        Manifest(step, own, record.job_uid, world, files, data, ledger[0] if ledger is not None else None)
+        Manifest(step, own, record.job_uid, world, files, data, ledger[0] if ledger is not None else None),
+        storage.key,
     )
     create_same(storage, layout.manifest(step, own), manifest)
     return ResumePoint(step, generation, sha256(manifest))
@@ -162,16 +160,18 @@ def _read_ranks(
         except NotThere:
             missing.append(name)
             continue
-        ranks.append(_rank_record(data, f"{place}/{name}", (step, generation, rank, world)))
+        ranks.append(_rank_record(storage, data, f"{place}/{name}", (step, generation, rank, world)))
         digests[name] = sha256(data)
     if missing:
         raise Incomplete(place, missing)
     return ranks, digests
 
 
-def _rank_record(data: bytes, path: str, expected: tuple[int, GenerationId, int, int]) -> RankFile:
+def _rank_record(
+    storage: Storage, data: bytes, path: str, expected: tuple[int, GenerationId, int, int]
+) -> RankFile:
     try:
-        record = decode(RankFile, data, path)
+        record = decode(RankFile, data, path, storage.key)
     except FormatError as error:
         raise Inconsistent(str(error)) from error
     if (record.step, record.generation, record.rank, record.world) != expected:
@@ -181,31 +181,12 @@ def _rank_record(data: bytes, path: str, expected: tuple[int, GenerationId, int,
     return record
 
 
-def _check_equal(ranks: Sequence[RankFile], place: str) -> None:
-    first = ranks[0]
-    for record in ranks[1:]:
-        if record.attempt != first.attempt:
-            raise Inconsistent(
-                f"{place}: rank {record.rank} wrote in attempt {record.attempt!r}, rank 0 in {first.attempt!r}; "
-                "ranks were restarted in between, so the parts do not belong together"
-            )
-        for key in record.scalars.keys() | first.scalars.keys():
-            if (
-                key not in first.scalars
-                or key not in record.scalars
-                or record.scalars[key] != first.scalars[key]
-            ):
-                raise Inconsistent(f"{place}: {key} differs between rank 0 and rank {record.rank}")
-
-
-def _index(
-    storage: Storage, step: int, generation: GenerationId, ranks: Sequence[RankFile]
-) -> dict[str, str]:
+def _index(storage: Storage, ranks: Sequence[RankFile], place: str) -> dict[str, str]:
     """Check data files and tiling, write `atoms.json`; digests of it and of `train.json`."""
-    place = layout.folder(step, generation)
+    index = index_of(ranks, place)
     for record in ranks:
         _check_data(storage, f"{place}/{layout.rank_data(record.rank)}", record.data.bytes)
-    atoms = encode(AtomsFile(step, generation, merge(ranks, place), ranks[0].scalars))
+    atoms = encode(index, storage.key)
     create_same(storage, f"{place}/{layout.ATOMS}", atoms)
     try:
         train = storage.read(f"{place}/{layout.TRAIN}", MAX_SMALL_FILE)
@@ -222,25 +203,6 @@ def _check_data(storage: Storage, path: str, size: int) -> None:
         raise Inconsistent(f"{path} is missing although its record is there") from error
     if found != size:
         raise Inconsistent(f"{path} has {found} bytes; its record says {size}")
-
-
-def merge(ranks: Iterable[RankFile], place: str) -> dict[str, Atom]:
-    """The atoms of all ranks, each tiled exactly once. Pure. Raises Inconsistent."""
-    merged: dict[str, Atom] = {}
-    for record in ranks:
-        for name, atom in record.atoms.items():
-            known = merged.setdefault(name, Atom(atom.dtype, atom.shape, ()))
-            if (known.dtype, known.shape) != (atom.dtype, atom.shape):
-                raise Inconsistent(
-                    f"{place}: rank {record.rank} has {name} as {atom.dtype} {list(atom.shape)}, "
-                    f"another rank as {known.dtype} {list(known.shape)}"
-                )
-            merged[name] = Atom(known.dtype, known.shape, known.boxes + atom.boxes)
-    for name, atom in merged.items():
-        why = flaw(atom.shape, [stored.box for stored in atom.boxes])
-        if why is not None:
-            raise Inconsistent(f"{place}: the ranks do not hold {name} exactly once: {why}")
-    return merged
 
 
 def _samples(
@@ -260,7 +222,7 @@ def _merged_samples(
         path = f"{layout.folder(step, generation)}/{layout.rank_json(record.rank)}"
         try:
             data = storage.read(path, MAX_SMALL_FILE)
-            told = _rank_record(data, path, (step, generation, record.rank, record.world))
+            told = _rank_record(storage, data, path, (step, generation, record.rank, record.world))
         except (NotThere, MediumFailed, Inconsistent):
             continue  # the audit finds the gap; for its sake no later step shall stay uncommitted
         if told.attempt == record.attempt:  # what ranks fed before they were restarted, they have fed again
@@ -274,7 +236,8 @@ def _world(storage: Storage, step: int, generation: GenerationId) -> int:
     for name in storage.names(place):
         if layout.parse_rank(name) is not None:
             try:
-                return decode(RankFile, storage.read(f"{place}/{name}", MAX_SMALL_FILE), name).world
+                data = storage.read(f"{place}/{name}", MAX_SMALL_FILE)
+                return decode(RankFile, data, name, storage.key).world
             except FormatError as error:
                 raise Inconsistent(f"{place}/{error}") from error
     raise Incomplete(place, [layout.rank_json(0)])

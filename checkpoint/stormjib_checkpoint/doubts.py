@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def write_doubt(storage: Storage, doubt: DoubtFile) -> None:
     """Leave it for good; a generation has one, since it ends with it. Raises StorageError."""
     try:
-        storage.create(layout.doubt_file(doubt.generation), [encode(doubt)])
+        storage.create(layout.doubt_file(doubt.generation), [encode(doubt, storage.key)])
     except AlreadyThere:
         return  # the first word of a generation stands
 
@@ -30,7 +30,7 @@ def doubt_of(storage: Storage, generation: GenerationId) -> DoubtFile | None:
     """What `generation` has said against itself; None is nothing. Raises FormatError, StorageError."""
     path = layout.doubt_file(generation)
     try:
-        return decode(DoubtFile, storage.read(path, MAX_SMALL_FILE), path)
+        return decode(DoubtFile, storage.read(path, MAX_SMALL_FILE), path, storage.key)
     except NotThere:
         return None
 

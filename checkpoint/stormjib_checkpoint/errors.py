@@ -9,6 +9,7 @@ CheckpointError
 │   ├── NotThere            the file does not exist
 │   └── AlreadyThere        create-only: the name is taken
 ├── FormatError             a file is not what FORMAT.md says
+├── BadKey                  the key that files are signed with cannot be used
 ├── SaveError
 │   ├── UnsupportedState    a tensor or value that cannot be stored, by name
 │   ├── ArenaTooLarge       no memory to stage a step in
@@ -77,6 +78,10 @@ class AlreadyThere(StorageError):
 
 class FormatError(CheckpointError):
     """A file of a checkpoint does not follow FORMAT.md, or needs a newer reader."""
+
+
+class BadKey(CheckpointError):
+    """The key that files are signed with is missing or too short; told before anything is read or written."""
 
 
 class SaveError(CheckpointError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple
@@ -19,13 +20,25 @@ PIECE_BYTES = 16 * 1024 * 1024
 MAX_SMALL_FILE = 256 * 1024 * 1024
 """No record is longer; a longer one is refused before it is read."""
 
+SUB_BYTE: Mapping[str, int] = {f"{sign}{bits}": 1 for sign in "UI" for bits in range(1, 8)}
+"""Integers of less than eight bits, each in a byte of its own."""
+_UNKNOWN_TO_SAFETENSORS: Mapping[str, int] = {
+    **SUB_BYTE, "F4_E2M1_X2": 1, "BITS8": 1, "BITS1X8": 1, "BITS2X4": 1, "BITS4X2": 1,
+    "BITS16": 2, "C32": 4, "BC32": 4, "C128": 16,
+}  # fmt: skip
+AS_BYTES = frozenset(_UNKNOWN_TO_SAFETENSORS)
+"""Tags that safetensors lack, or count otherwise: in the data file such a tensor is U8, and only the records say what it is."""
+
 ITEM_BYTES: Mapping[str, int] = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1,
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1, "F8_E8M0": 1,
     "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
     "U32": 4, "I32": 4, "F32": 4,
     "U64": 8, "I64": 8, "F64": 8, "C64": 8,
+    **_UNKNOWN_TO_SAFETENSORS,
 }  # fmt: skip
-"""Bytes of an element by type tag; the tags are those of safetensors."""
+"""Bytes of an element by type tag, as torch has it in memory: an I4 is a byte, and an F4_E2M1_X2 is two numbers."""
+
+_DIGEST = re.compile(r"[0-9a-f]{16}")
 
 
 class ResumePoint(NamedTuple):
@@ -45,6 +58,12 @@ class StoredBox:
     shape: tuple[int, ...]
     start: int
     end: int
+    digest: str | None = None
+    """Partial digest of these elements, which does not depend on how the atom is cut; carried, and not yet written."""
+
+    def __post_init__(self) -> None:
+        if self.digest is not None and _DIGEST.fullmatch(self.digest) is None:
+            raise ValueError(f"digest {self.digest[:40]!r} is not 16 hexadecimal digits")
 
     @property
     def box(self) -> Box:
@@ -110,10 +129,15 @@ class RankFile:
     attempt: str
     data: DataFile
     atoms: dict[str, Atom]
+    ties: dict[str, str]
+    """Other name of an atom -> the atom's."""
+    absent: tuple[str, ...]
+    """States that are not there: `optim.w` of a parameter w that has never been stepped."""
     scalars: dict[str, Json]
     samples: dict[int, tuple[int, ...]]
 
     def __post_init__(self) -> None:
+        _check_names(self)
         if self.rank >= self.world:
             raise ValueError(f"rank {self.rank} of {self.world}")
         for name, atom in self.atoms.items():
@@ -128,7 +152,27 @@ class AtomsFile:
     step: int
     generation: GenerationId
     atoms: dict[str, Atom]
+    ties: dict[str, str]
+    absent: tuple[str, ...]
     scalars: dict[str, Json]
+
+    def __post_init__(self) -> None:
+        _check_names(self)
+
+
+def _check_names(record: RankFile | AtomsFile) -> None:
+    """Each name says one thing, a tie leads to an atom, and what is absent has no parts."""
+    every = [*record.atoms, *record.ties, *record.scalars]
+    names = set(every)
+    if len(names) < len(every) or len(set(record.absent)) < len(record.absent):
+        raise ValueError("a name comes twice")
+    for name, atom in record.ties.items():
+        if atom not in record.atoms:
+            raise ValueError(f"{name[:200]!r} is tied to {atom[:200]!r}, which is no atom here")
+    owners = names | {name.rpartition(".")[0] for name in names}
+    for name in record.absent:
+        if name in owners:
+            raise ValueError(f"{name[:200]!r} is absent and there")
 
 
 @dataclass(frozen=True)

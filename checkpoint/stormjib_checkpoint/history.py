@@ -76,7 +76,7 @@ def read_generation(storage: Storage, generation: GenerationId) -> GenerationFil
     """One generation's record. Raises UnknownGeneration, DamagedCheckpoint."""
     path = layout.generation_file(generation)
     try:
-        record = decode(GenerationFile, storage.read(path, MAX_SMALL_FILE), path)
+        record = decode(GenerationFile, storage.read(path, MAX_SMALL_FILE), path, storage.key)
     except NotThere as error:
         raise UnknownGeneration(f"generation {generation} was never opened: {path} is not there") from error
     except FormatError as error:
@@ -147,7 +147,7 @@ def write_generation(storage: Storage, record: GenerationFile) -> None:
     """Open a generation for good. Raises GenerationExists, Superseded."""
     refuse_superseded(storage, record.generation)
     try:
-        storage.create(layout.generation_file(record.generation), [encode(record)])
+        storage.create(layout.generation_file(record.generation), [encode(record, storage.key)])
     except AlreadyThere as error:
         raise GenerationExists(
             f"generation {record.generation} was opened before on this storage; take the next number"

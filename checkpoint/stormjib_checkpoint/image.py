@@ -9,7 +9,7 @@ from stormjib_checkpoint.format import Atom, StoredBox
 from stormjib_checkpoint.shardfile import Entry, header, in_file_order
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from stormjib_checkpoint.tensors import Held
 
@@ -25,10 +25,12 @@ class Image:
     """Bytes of the whole file."""
     atoms: dict[str, Atom]
     """All that the rank holds; boxes only of what is in the file."""
+    ties: dict[str, str]
+    """Other names of atoms, and the names of those."""
 
 
-def image_of(held: Sequence[Held], rank: int) -> Image:
-    """The file of what `rank` holds: its primary copies, widest elements first. Pure."""
+def image_of(held: Sequence[Held], rank: int, ties: Mapping[str, str]) -> Image:
+    """The file of what `rank` holds: its primary copies, widest elements first. Pure. Raises UnsupportedState."""
     mine = {part.name: part for part in held if part.primary and part.box.volume}
     entries = in_file_order([Entry(part.name, part.dtype, part.box) for part in mine.values()])
     head, starts = header(entries)
@@ -41,4 +43,4 @@ def image_of(held: Sequence[Held], rank: int) -> Image:
         for part in held
     }
     size = starts[-1] + entries[-1].nbytes if entries else len(head)
-    return Image(head, tuple(mine[entry.name] for entry in entries), tuple(starts), size, atoms)
+    return Image(head, tuple(mine[entry.name] for entry in entries), tuple(starts), size, atoms, dict(ties))

@@ -30,6 +30,10 @@ def leave(storage: Storage, step: int, generation: GenerationId, rank: int, reco
 
 def create_same(storage: Storage, path: str, data: bytes) -> None:
     """Create, or find the same bytes there: somebody else's, or our own from before a crash. Raises Inconsistent, StorageError."""
+    if len(data) > MAX_SMALL_FILE:
+        raise Inconsistent(
+            f"{path} would have {len(data)} bytes, and {MAX_SMALL_FILE} are read; save from fewer ranks"
+        )
     try:
         storage.create(path, [data])
     except AlreadyThere as error:

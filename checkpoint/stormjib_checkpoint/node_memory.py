@@ -68,16 +68,16 @@ def slots_of(memory: Path, local_rank: int) -> list[Slot]:
     return slots
 
 
-def staged(memory: Path) -> Iterator[Staged]:
-    """What the slots of a node say they hold. One that says nothing we understand holds nothing."""
+def staged(memory: Path, key: bytes | None = None) -> Iterator[Staged]:
+    """What the slots of a node say they hold. One that says nothing we understand, or that is not signed with our key, holds nothing."""
     for record in sorted(memory.glob(f"*/*/{_RECORD}")):
         with contextlib.suppress(FormatError, OSError):
-            yield _staged(Slot(record.parent))
+            yield _staged(Slot(record.parent), key)
 
 
-def _staged(slot: Slot) -> Staged:
+def _staged(slot: Slot, key: bytes | None) -> Staged:
     rank = (slot.folder / _RECORD).read_bytes()
-    record = decode(RankFile, rank, str(slot.folder / _RECORD))
+    record = decode(RankFile, rank, str(slot.folder / _RECORD), key)
     train = (slot.folder / _TRAIN).read_bytes() if record.rank == 0 else None
     return Staged(slot, record, Records(rank, train))
 
@@ -85,13 +85,13 @@ def _staged(slot: Slot) -> Staged:
 class Near:
     """Data files of the storage that are in this node's memory too."""
 
-    def __init__(self, memory: Path) -> None:
+    def __init__(self, memory: Path, key: bytes | None = None) -> None:
         self._files = Local(memory)
         self._there = {
             f"{layout.folder(one.record.step, one.record.generation)}/{layout.rank_data(one.record.rank)}": str(
                 one.slot.data.relative_to(memory)
             )
-            for one in staged(memory)
+            for one in staged(memory, key)
         }
 
     def open(self, path: str) -> contextlib.AbstractContextManager[Opened]:

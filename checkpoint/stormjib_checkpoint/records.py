@@ -8,8 +8,10 @@ format may add some. Nothing is executed or imported by name.
 from __future__ import annotations
 
 import hashlib
+import hmac
 import json
 import math
+import re
 import types
 import typing
 from dataclasses import MISSING, fields, is_dataclass
@@ -19,12 +21,15 @@ from typing import Any, TypeVar
 from stormjib_checkpoint.errors import FormatError
 from stormjib_checkpoint.layout import GenerationId
 
-MAJOR, MINOR = 0, 1
+MAJOR, MINOR = 1, 0
 FORMAT = f"{MAJOR}.{MINOR}"
-KNOWN_REQUIREMENTS: frozenset[str] = frozenset()
+KNOWN_REQUIREMENTS: tuple[str, ...] = ()
+"""Names that may stand in `requires`: what a reader must know of to read the file at all."""
+_FORMAT = re.compile(r"([0-9]{1,6})\.([0-9]{1,6})")
 
 MAX_INTEGER = 2**63 - 1
-_MAX_DEPTH = 32
+HMAC = "hmac"
+"""Key of a record's HMAC-SHA-256, over the canonical record without it."""
 
 T = TypeVar("T")
 
@@ -43,44 +48,25 @@ def canonical(plain: Json) -> bytes:
     return text.encode() + b"\n"
 
 
-def check_plain(value: object, where: str, depth: int = 0) -> None:
-    """Refuse, by key, what JSON would not give back as it was. Raises FormatError."""
-    if depth > _MAX_DEPTH:
-        raise FormatError(f"{where} is nested deeper than {_MAX_DEPTH}")
-    if isinstance(value, dict):
-        for key, item in value.items():
-            if type(key) is not str:
-                raise FormatError(f"{where} has the key {_show(key)}; use text keys")
-            _check_text(key, where)
-            check_plain(item, f"{where}.{key[:64]}", depth + 1)
-    elif type(value) is list:
-        for index, item in enumerate(value):
-            check_plain(item, f"{where}[{index}]", depth + 1)
-    elif type(value) is str:
-        _check_text(value, where)
-    elif value is not None and type(value) not in (bool, int) and not _is_finite(value):
-        raise FormatError(
-            f"{where} is {_show(value)}; only text, finite numbers, true, false, null, lists and objects are kept"
-        )
-
-
-def _is_finite(value: object) -> bool:
-    return type(value) is float and math.isfinite(value)
-
-
-def _check_text(text: str, where: str) -> None:
+def check_text(text: str, where: str) -> None:
+    """Raises FormatError on half a surrogate pair, which no file can hold."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise FormatError(f"{where} holds text that is no Unicode: {_show(text)}") from error
+        raise FormatError(f"{where} holds text that is no Unicode: {shown(text)}") from error
 
 
 # --- out ------------------------------------------------------------------------------------------------------------
 
 
-def encode(record: object) -> bytes:
-    """A record as the bytes of its file, with the format in front of its own fields."""
-    return canonical({"format": FORMAT, "requires": [], **typing.cast("dict[str, Json]", plain(record))})
+def encode(record: object, key: bytes | None = None) -> bytes:
+    """A record as the bytes of its file, with the format in front of its own fields; signed where there is a key."""
+    value = {"format": FORMAT, "requires": [], **typing.cast("dict[str, Json]", plain(record))}
+    return canonical(value if key is None else value | {HMAC: _signature(value, key)})
+
+
+def _signature(value: dict[str, Json], key: bytes) -> str:
+    return hmac.new(key, canonical(value), hashlib.sha256).hexdigest()
 
 
 def plain(value: object) -> Json:
@@ -88,7 +74,9 @@ def plain(value: object) -> Json:
     if isinstance(value, GenerationId):
         return str(value)
     if is_dataclass(value) and not isinstance(value, type):
-        return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
+        found = {f.name: getattr(value, f.name) for f in fields(value)}
+        unset = {f.name for f in fields(value) if f.default is None and found[f.name] is None}
+        return {name: plain(item) for name, item in found.items() if name not in unset}
     if isinstance(value, tuple) and hasattr(value, "_asdict"):
         return {key: plain(item) for key, item in value._asdict().items()}
     if isinstance(value, (list, tuple)):
@@ -101,21 +89,41 @@ def plain(value: object) -> Json:
 # --- in -------------------------------------------------------------------------------------------------------------
 
 
-def decode(kind: type[T], data: bytes, where: str) -> T:
-    """The record in the bytes of a file. Raises FormatError on anything that is not exactly that."""
+def decode(kind: type[T], data: bytes, where: str, key: bytes | None = None) -> T:
+    """The record in the bytes of a file. With a key it must be signed with it. Raises FormatError on anything that is not exactly that."""
     value = parse(data, where)
     _check_format(value, where)
+    if key is not None:
+        _check_signature(value, key, where)
     return typing.cast("T", build(kind, value, where))
+
+
+def _check_signature(value: dict[str, Json], key: bytes, where: str) -> None:
+    if HMAC not in value:
+        raise FormatError(
+            f"{where} has no HMAC, and a key is set: it was written without one, or by somebody else"
+        )
+    signed = {name: item for name, item in value.items() if name != HMAC}
+    try:
+        proved = hmac.compare_digest(str(value[HMAC]).encode(), _signature(signed, key).encode())
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{where} is no JSON of ours: {error}") from error
+    if not proved:
+        raise FormatError(f"{where} has another HMAC than its key gives: it was altered, or has another key")
 
 
 def parse(data: bytes, where: str) -> dict[str, Json]:
     """One JSON object. Raises FormatError."""
     try:
-        value = json.loads(data, object_pairs_hook=_object, parse_constant=_constant)
+        value = json.loads(
+            data.decode(), object_pairs_hook=_object, parse_constant=_constant, parse_float=_finite
+        )
+        if b"\\u" in data:
+            canonical(value)  # half a surrogate pair is no text: nobody could print or store it
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{where} is no JSON of ours: {error}") from error
     if not isinstance(value, dict):
-        raise FormatError(f"{where} is {_show(value)}; wanted an object")
+        raise FormatError(f"{where} is {shown(value)}; wanted an object")
     return value
 
 
@@ -123,8 +131,13 @@ def _object(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
     value = dict(pairs)
     if len(value) != len(pairs):
         raise ValueError("a key comes twice")
-    for key in value:
-        key.encode()  # half a surrogate pair is no text: nobody could print or store it
+    return value
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise ValueError(f"{digits[:40]} is no number")
     return value
 
 
@@ -134,19 +147,25 @@ def _constant(name: str) -> Json:
 
 def _check_format(value: dict[str, Json], where: str) -> None:
     text = value.get("format")
-    major, dot, minor = text.partition(".") if isinstance(text, str) else ("", "", "")
-    if not (dot and major.isdecimal() and minor.isdecimal()):
+    match = _FORMAT.fullmatch(text) if isinstance(text, str) else None
+    if match is None:
         raise FormatError(f"{where} has no format; it is not a file of a Stormjib checkpoint")
-    if int(major) != MAJOR:
+    if int(match[1]) != MAJOR:
         raise FormatError(
-            f"{where} has format {text}; this version reads {MAJOR}.x. Use the version that wrote it."
+            f"{where} has format {text}; this version reads {MAJOR}.x. {_what_to_do(int(match[1]))}"
         )
     needs = value.get("requires", [])
     unknown = [n for n in needs if n not in KNOWN_REQUIREMENTS] if isinstance(needs, list) else [needs]
     if unknown:
         raise FormatError(
-            f"{where} requires {_show(unknown[0])}, which this version does not know. Use a newer one."
+            f"{where} requires {shown(unknown[0])}, which this version does not know. Use a newer one."
         )
+
+
+def _what_to_do(major: int) -> str:
+    if major == 0:
+        return "0.x was never released: save to a new folder, or load with the commit that wrote it."
+    return "Use the version that wrote it."
 
 
 def build(kind: Any, value: Json, where: str) -> Any:
@@ -170,7 +189,7 @@ def build(kind: Any, value: Json, where: str) -> Any:
 
 def _record(kind: Any, value: Json, where: str) -> Any:
     if not isinstance(value, dict):
-        raise FormatError(f"{where} is {_show(value)}; wanted an object")
+        raise FormatError(f"{where} is {shown(value)}; wanted an object")
     hints, optional = _hints(kind)
     missing = hints.keys() - value.keys() - optional
     if missing:
@@ -193,7 +212,7 @@ def _hints(kind: type) -> tuple[dict[str, Any], frozenset[str]]:
 
 def _tuple(inner: Any, value: Json, where: str) -> tuple[Any, ...]:
     if not isinstance(value, list):
-        raise FormatError(f"{where} is {_show(value)}; wanted a list")
+        raise FormatError(f"{where} is {shown(value)}; wanted a list")
     if inner is int:  # the long lists: sample ids
         return tuple(_scalar(int, item, where) for item in value)
     return tuple(build(inner, item, f"{where}[{i}]") for i, item in enumerate(value))
@@ -201,7 +220,7 @@ def _tuple(inner: Any, value: Json, where: str) -> tuple[Any, ...]:
 
 def _dict(kind: Any, value: Json, where: str) -> dict[Any, Any]:
     if not isinstance(value, dict):
-        raise FormatError(f"{where} is {_show(value)}; wanted an object")
+        raise FormatError(f"{where} is {shown(value)}; wanted an object")
     key_kind, inner = typing.get_args(kind)
     return {
         _key(key_kind, key, where): build(inner, item, f"{where}.{key[:64]}") for key, item in value.items()
@@ -212,7 +231,7 @@ def _key(kind: Any, key: str, where: str) -> Any:
     if kind is not int:
         return key
     if not (key.isascii() and key.isdecimal() and len(key) <= 18 and str(int(key)) == key):
-        raise FormatError(f"{where} has the key {_show(key)}; wanted a number")
+        raise FormatError(f"{where} has the key {shown(key)}; wanted a number")
     return int(key)
 
 
@@ -225,14 +244,18 @@ def _generation(value: Json, where: str) -> GenerationId:
 
 def _scalar(kind: Any, value: Json, where: str) -> Any:
     if type(value) is not kind:
-        raise FormatError(f"{where} is {_show(value)}; wanted {kind.__name__}")
+        raise FormatError(f"{where} is {shown(value)}; wanted {kind.__name__}")
     if kind is str:
-        _check_text(value, where)
+        check_text(value, where)
     if kind is int and not 0 <= value <= MAX_INTEGER:
-        raise FormatError(f"{where} is {_show(value)}; wanted 0 to 2^63-1")
+        raise FormatError(f"{where} is {shown(value)}; wanted 0 to 2^63-1")
     return value
 
 
-def _show(value: object) -> str:
-    text = repr(value)
+def shown(value: object) -> str:
+    """A value as it may stand in an error: short."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python prints no integer of thousands of digits
+        text = f"<{type(value).__name__} of thousands of digits>"
     return text if len(text) <= 80 else text[:77] + "..."

@@ -1,12 +1,13 @@
 """A model and its torch optimizer as one flat mapping of names, and back: no pickle, no state_dict of the optimizer.
 
 Own mapping on purpose: `get_optimizer_state_dict` takes a hidden step where the state is still empty. Names:
-`model.<fqn>`, `optim.<fqn>.<key>` for the state of a parameter, `group.<i>.<key>` for the options of a group.
+`model.<fqn>`, `optim.<fqn>.<key>` for the state of a parameter, `group.<i>.<key>` for the options of a group. A parameter that has no
+state yet has `ABSENT` under `optim.<fqn>`.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
@@ -14,19 +15,23 @@ from torch.distributed.tensor import DTensor
 
 from stormjib_checkpoint.errors import StateMismatch, UnsupportedState
 from stormjib_checkpoint.reader import Checkpoint
-from stormjib_checkpoint.tensors import DTYPES, Value
+from stormjib_checkpoint.tensors import ABSENT, DTYPES, Value
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, MutableMapping
+    from collections.abc import Iterator, Mapping
 
     from torch.optim import Optimizer
 
     from stormjib_checkpoint.format import Atom
     from stormjib_checkpoint.node_memory import Near
+    from stormjib_checkpoint.reader import Rename
     from stormjib_checkpoint.records import Json
     from stormjib_checkpoint.storage import Storage
 
-_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
+_WRAPPERS = frozenset({"module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
+"""Parts of names that say how a module is run (DDP, compile, activation checkpointing, FSDP) and not which it is."""
+T = TypeVar("T")
+
 _GROUP = "group."
 _HOW_NOT_WHAT = frozenset({"params", "foreach", "fused", "capturable", "differentiable"})
 """Options that say how an optimizer computes: they belong to the machine and not to the training."""
@@ -34,16 +39,7 @@ _HOW_NOT_WHAT = frozenset({"params", "foreach", "fused", "capturable", "differen
 
 def collect(model: nn.Module, optimizer: Optimizer) -> dict[str, Value]:
     """Everything that training needs to go on, by name, without a copy. Raises UnsupportedState."""
-    state: dict[str, Value] = _model_tensors(model)
-    names = _parameter_names(model, optimizer)
-    for parameter, name in names.items():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            state[f"optim.{name}.{key}"] = value
-    for index, group in enumerate(optimizer.param_groups):
-        state[f"{_GROUP}{index}.params"] = [names[parameter] for parameter in group["params"]]
-        for key, value in _options(group):
-            state[f"{_GROUP}{index}.{key}"] = list(value) if isinstance(value, tuple) else value
-    return state
+    return _collect(model, optimizer, _parameter_names(model, optimizer), optimizer.state)
 
 
 def restore(
@@ -51,21 +47,49 @@ def restore(
     resume: tuple[int, str, str],
     model: nn.Module,
     optimizer: Optimizer,
+    *,
+    rename: Rename | None = None,
     near: Near | None = None,
 ) -> dict[str, Json]:
     """Load a step into a model and an optimizer, also one that has never stepped; returns what `train` was.
 
+    `rename` is as in `reader.load`, and sees the names of `collect`. State that the checkpoint lacks is taken away.
     Raises MissingCheckpoint, DamagedCheckpoint, StateMismatch, StorageError.
     """
-    checkpoint = Checkpoint(storage, resume, near)
+    checkpoint = Checkpoint(storage, resume, rename, near)
     names = _parameter_names(model, optimizer)
+    tensors, scalars = _by_owner(checkpoint.atoms), _by_owner(checkpoint.scalars)
+    shaped = {}
     for parameter, name in names.items():
-        _shape_state(optimizer, parameter, f"optim.{name}.", checkpoint)
-    state = collect(model, optimizer)
-    _reconcile_options(state, checkpoint)
+        owner = f"optim.{name}"
+        made = _shaped(optimizer, parameter, owner, tensors.get(owner, {}))
+        shaped[parameter] = {**made, **scalars.get(owner, {})}
+    state = _collect(model, optimizer, names, shaped)
+    _reconcile_options(state, checkpoint, rename)
     checkpoint.fill(state)
-    _set_scalars(optimizer, names, state)
+    _set_state(optimizer, names, shaped, state)
     return checkpoint.train
+
+
+def _collect(
+    model: nn.Module,
+    optimizer: Optimizer,
+    names: Mapping[torch.Tensor, str],
+    of_parameters: Mapping[torch.Tensor, Mapping[str, Any]],
+) -> dict[str, Value]:
+    state: dict[str, Value] = _model_tensors(model)
+    for parameter, name in names.items():
+        found = of_parameters.get(parameter)
+        state |= (
+            {f"optim.{name}.{key}": value for key, value in found.items()}
+            if found
+            else {f"optim.{name}": ABSENT}
+        )
+    for index, group in enumerate(optimizer.param_groups):
+        state[f"{_GROUP}{index}.params"] = [f"model.{names[parameter]}" for parameter in group["params"]]
+        for key, value in _options(group):
+            state[f"{_GROUP}{index}.{key}"] = value
+    return state
 
 
 def _model_tensors(model: nn.Module) -> dict[str, Value]:
@@ -84,15 +108,17 @@ def _model_tensors(model: nn.Module) -> dict[str, Value]:
 
 
 def _clean(name: str) -> str:
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name.removeprefix("module.")  # DistributedDataParallel
+    *modules, own = name.split(".")
+    return ".".join([*(module for module in modules if module not in _WRAPPERS), own])
 
 
 def _parameter_names(model: nn.Module, optimizer: Optimizer) -> dict[torch.Tensor, str]:
     """The optimizer's parameters and their names in the model."""
     model.state_dict(keep_vars=True)  # for its hooks: see _model_tensors
-    of_model = {id(parameter): _clean(name) for name, parameter in model.named_parameters()}
+    of_model: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        # Of several names the first in the alphabet, as the tensor itself is stored.
+        of_model[id(parameter)] = min(of_model.get(id(parameter), _clean(name)), _clean(name))
     names: dict[torch.Tensor, str] = {}
     for index, group in enumerate(optimizer.param_groups):
         for parameter in group["params"]:
@@ -109,24 +135,24 @@ def _options(group: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     return ((key, value) for key, value in group.items() if key not in _HOW_NOT_WHAT)
 
 
-def _shape_state(optimizer: Optimizer, parameter: torch.Tensor, prefix: str, checkpoint: Checkpoint) -> None:
-    """Give a parameter the state tensors that the checkpoint has for it, and take away those that it lacks."""
-    wanted = {key: atom for key, atom in _below(prefix, checkpoint.atoms)}
-    scalars = {key: value for key, value in _below(prefix, checkpoint.scalars)}
-    present: MutableMapping[str, Any] = optimizer.state.get(parameter, {})
-    shaped = {
-        key: _state_tensor(optimizer, parameter, prefix + key, atom, present.get(key))
-        for key, atom in wanted.items()
-    }
-    if shaped or scalars or present:
-        optimizer.state[parameter] = {**shaped, **scalars}
-
-
-def _below(prefix: str, table: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def _by_owner(table: Mapping[str, T]) -> dict[str, dict[str, T]]:
+    """`{"optim.w.exp_avg": x}` as `{"optim.w": {"exp_avg": x}}`."""
+    found: dict[str, dict[str, T]] = {}
     for name, value in table.items():
-        key = name.removeprefix(prefix)
-        if key != name and "." not in key:
-            yield key, value
+        owner, _, key = name.rpartition(".")
+        found.setdefault(owner, {})[key] = value
+    return found
+
+
+def _shaped(
+    optimizer: Optimizer, parameter: torch.Tensor, owner: str, atoms: Mapping[str, Atom]
+) -> dict[str, torch.Tensor]:
+    """The tensors to fill of a parameter's state: its own, or new ones where the optimizer has none yet."""
+    present: Mapping[str, Any] = optimizer.state.get(parameter, {})
+    return {
+        key: _state_tensor(optimizer, parameter, f"{owner}.{key}", atom, present.get(key))
+        for key, atom in atoms.items()
+    }
 
 
 def _state_tensor(
@@ -134,7 +160,9 @@ def _state_tensor(
 ) -> torch.Tensor:
     if isinstance(present, torch.Tensor):
         return present
-    dtype = DTYPES[atom.dtype]
+    dtype = DTYPES.get(atom.dtype)
+    if dtype is None:
+        raise StateMismatch(f"{name} is {atom.dtype}, which this torch does not have; use a newer one")
     if atom.shape == tuple(parameter.shape):
         return torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
     if isinstance(parameter, DTensor) and atom.shape:
@@ -147,13 +175,13 @@ def _state_tensor(
     return torch.zeros(atom.shape, dtype=dtype, device=parameter.device if on_device else "cpu")
 
 
-def _reconcile_options(state: dict[str, Value], checkpoint: Checkpoint) -> None:
+def _reconcile_options(state: dict[str, Value], checkpoint: Checkpoint, rename: Rename | None) -> None:
     """Groups must hold the same parameters; options that only one side knows (another torch) stay as they are."""
     there = {**checkpoint.scalars, **checkpoint.atoms}
     for name in [name for name in state if name.startswith(_GROUP)]:
         if name not in there and not name.endswith(".params"):
             del state[name]
-        elif name.endswith(".params") and state[name] != there.get(name):
+        elif name.endswith(".params") and state[name] != _members(there.get(name), rename):
             raise StateMismatch(
                 f"{name} differs: the optimizer's groups hold other parameters than when it was saved"
             )
@@ -162,13 +190,20 @@ def _reconcile_options(state: dict[str, Value], checkpoint: Checkpoint) -> None:
             state[name] = None
 
 
-def _set_scalars(optimizer: Optimizer, names: Mapping[torch.Tensor, str], state: Mapping[str, Value]) -> None:
+def _members(names: Json, rename: Rename | None) -> Json:
+    return [rename(name) for name in names] if rename is not None and isinstance(names, list) else names
+
+
+def _set_state(
+    optimizer: Optimizer,
+    names: Mapping[torch.Tensor, str],
+    shaped: Mapping[torch.Tensor, Mapping[str, Any]],
+    state: Mapping[str, Value],
+) -> None:
     for index, group in enumerate(optimizer.param_groups):
         for key, value in list(_options(group)):
-            new = state.get(f"{_GROUP}{index}.{key}", value)
-            group[key] = tuple(new) if isinstance(value, tuple) else new
+            group[key] = state.get(f"{_GROUP}{index}.{key}", value)
     for parameter, name in names.items():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            optimizer.state[parameter][key] = (
-                state[f"optim.{name}.{key}"] if not isinstance(value, torch.Tensor) else value
-            )
+        optimizer.state.pop(parameter, None)
+        if shaped[parameter]:
+            optimizer.state[parameter] = {key: state[f"optim.{name}.{key}"] for key in shaped[parameter]}

@@ -97,7 +97,7 @@ class CommittedStep:
                 f"{path} has SHA-256 {sha256(data)}, not {digest}: it was altered or replaced"
             )
         try:
-            manifest = decode(Manifest, data, path)
+            manifest = decode(Manifest, data, path, self._storage.key)
         except FormatError as error:
             raise DamagedCheckpoint(str(error)) from error
         if (manifest.step, manifest.generation) != (step, generation):
@@ -119,7 +119,7 @@ class CommittedStep:
 
     def _record(self, kind: type[T], name: str) -> T:
         try:
-            record = decode(kind, self._read(name), f"{self.folder}/{name}")
+            record = decode(kind, self._read(name), f"{self.folder}/{name}", self._storage.key)
         except FormatError as error:
             raise DamagedCheckpoint(str(error)) from error
         if (record.step, record.generation) != (self.manifest.step, self.manifest.generation):

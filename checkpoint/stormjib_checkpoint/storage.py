@@ -24,6 +24,7 @@ from stormjib_checkpoint.errors import (
     StorageReadOnly,
 )
 from stormjib_checkpoint.files import Files, Posix
+from stormjib_checkpoint.keys import checked
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -50,6 +51,10 @@ class NewFile(Protocol):
 
 class Storage(Protocol):
     """What the library needs of a store. Paths are relative, with `/`, and come from `layout` only."""
+
+    @property
+    def key(self) -> bytes | None:
+        """What the records in it are signed with and proved by; None: they are not signed."""
 
     def new(self, path: str, size: int) -> contextlib.AbstractContextManager[NewFile]:
         """A new file of `size` bytes: what is written behind them is cut off. It is there, durable and whole, when the block ends;
@@ -111,7 +116,11 @@ class _LocalNewFile:
 class Local:
     """A folder of a file system that every rank and committer of the job sees."""
 
-    def __init__(self, root: str | os.PathLike[str], files: Files | None = None) -> None:
+    def __init__(
+        self, root: str | os.PathLike[str], files: Files | None = None, key: bytes | None = None
+    ) -> None:
+        """Raises BadKey."""
+        self.key = checked(key)
         self.root = os.path.abspath(os.fspath(root))
         self._files: Files = files if files is not None else Posix()
         self._durable: set[str] = set()

@@ -2,42 +2,47 @@
 
 from __future__ import annotations
 
+import sys
 import zlib
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING, cast
 
 import torch
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass_type
 
 from stormjib_checkpoint.boxes import Box, part, whole
 from stormjib_checkpoint.errors import UnsupportedState
+from stormjib_checkpoint.format import SUB_BYTE
 from stormjib_checkpoint.records import Json
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 Value = torch.Tensor | Json
-"""A state is a mapping of names to tensors (also DTensors) and JSON scalars."""
+"""A state is a mapping of names to tensors (also DTensors), `ABSENT`, and other values that `objects` can write."""
 
-TAGS: Mapping[torch.dtype, str] = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.complex64: "C64",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint64: "U64",
-    torch.uint32: "U32",
-    torch.uint16: "U16",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
+ABSENT = ...
+"""Value of a name whose state is not there: neither lost nor zero. An optimizer makes it in a parameter's first step."""
+
+_NAMES: Mapping[str, str] = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz", "F4_E2M1_X2": "float4_e2m1fn_x2",
+    "C32": "complex32", "C64": "complex64", "C128": "complex128", "BC32": "bcomplex32",
+    "BITS8": "bits8", "BITS16": "bits16", "BITS1X8": "bits1x8", "BITS2X4": "bits2x4", "BITS4X2": "bits4x2",
+    **{f"I{bits}": f"int{bits}" for bits in (*range(1, 8), 8, 16, 32, 64)},
+    **{f"U{bits}": f"uint{bits}" for bits in (*range(1, 8), 8, 16, 32, 64)},
+}  # fmt: skip
+DTYPES: Mapping[str, torch.dtype] = {
+    tag: getattr(torch, name) for tag, name in _NAMES.items() if hasattr(torch, name)
 }
-DTYPES: Mapping[str, torch.dtype] = {tag: dtype for dtype, tag in TAGS.items()}
+"""What this torch can hold, by tag; older ones lack some."""
+TAGS: Mapping[torch.dtype, str] = {dtype: tag for tag, dtype in DTYPES.items()}
+_BARE = frozenset(dtype for tag, dtype in DTYPES.items() if tag in SUB_BYTE)
+"""Types that torch can hold and not copy."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +56,20 @@ class Held:
     local: torch.Tensor
     primary: bool
 
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """Equal for two names of one tensor: same memory, same geometry, same part of the same whole."""
+        return (self.shape, self.box, *place(self.local))
+
 
 def held(name: str, tensor: torch.Tensor, rank: int, world: int) -> Held:
     """What this rank holds of `tensor`. Raises UnsupportedState, which names it."""
+    if is_lazy(tensor):
+        raise UnsupportedState(f"{name} has no shape yet; let its lazy module run once")
     if tensor.dtype not in TAGS:
         raise UnsupportedState(f"{name} has dtype {tensor.dtype}, which the format cannot hold; convert it")
+    if sys.byteorder != "little":
+        raise UnsupportedState(f"{name}: this machine is big-endian, and the format is little-endian only")
     if isinstance(tensor, DTensor):
         return _held_shard(name, tensor)
     local = _plain_memory(name, tensor.detach())
@@ -79,7 +93,9 @@ def _held_shard(name: str, tensor: DTensor) -> Held:
         elif isinstance(placement, Replicate):
             primary = primary and index == 0
         else:
-            raise UnsupportedState(f"{name} is placed as {placement}; only Shard and Replicate can be saved")
+            raise UnsupportedState(
+                f"{name} is placed as {placement!r}; only Shard and Replicate can be saved"
+            )
     local = _plain_memory(name, tensor.to_local().detach())
     if tuple(local.shape) != box.shape:
         raise UnsupportedState(
@@ -98,6 +114,10 @@ def _plain_memory(name: str, local: torch.Tensor) -> torch.Tensor:
         raise UnsupportedState(
             f"{name} is {local.layout} on {local.device}; only dense tensors with memory can be saved"
         )
+    if is_traceable_wrapper_subclass_type(type(local)):
+        raise UnsupportedState(
+            f"{name} is a {type(local).__name__}, which wraps other tensors; save those, under names of their own"
+        )
     return local
 
 
@@ -106,11 +126,41 @@ def memory(tensor: torch.Tensor) -> memoryview:
     return memoryview(cast("memoryview", tensor.reshape(-1).view(torch.uint8).numpy()))
 
 
+def copyable(local: torch.Tensor) -> torch.Tensor:
+    """The same memory under a type that torch can copy."""
+    return local.view(torch.uint8) if local.dtype in _BARE else local
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype, device: str = "cpu") -> torch.Tensor:
+    """A tensor that is yet to be filled. From bytes: torch warns of types that it can do little with when it is asked for them."""
+    return (
+        torch.empty(prod(shape) * dtype.itemsize, dtype=torch.uint8, device=device).view(dtype).reshape(shape)
+    )
+
+
 def on_host(local: torch.Tensor) -> torch.Tensor:
-    """The same values as a contiguous CPU tensor: itself where it is one."""
-    return local.to("cpu").contiguous().resolve_conj().resolve_neg()
+    """The same bytes as a contiguous CPU tensor: itself where it is one."""
+    return copyable(local).to("cpu").contiguous().resolve_conj().resolve_neg()
 
 
 def is_direct(local: torch.Tensor) -> bool:
     """Whether bytes can be put straight into its memory."""
     return local.device.type == "cpu" and local.is_contiguous() and not local.is_conj() and not local.is_neg()
+
+
+def place(local: torch.Tensor) -> tuple[object, ...]:
+    """Where a tensor's elements lie and how they are read: equal for two names of one memory."""
+    storage = local.untyped_storage()
+    address = storage.data_ptr() or storage._cdata  # without memory, being the same object is all there is
+    form = (local.shape, local.stride(), local.dtype, local.is_conj(), local.is_neg())
+    return (local.device, address, local.storage_offset(), *form)
+
+
+def are_one(one: Value, other: Value) -> bool:
+    """Whether two names still are those of one tensor."""
+    if one is other:
+        return True
+    if not (isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)):
+        return False
+    with torch.no_grad():
+        return one.shape == other.shape and place(local_of(one)) == place(local_of(other))

@@ -8,15 +8,19 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from stormjib_checkpoint.errors import AlreadySaved, AlreadyThere, FormatError, UnsupportedState
-from stormjib_checkpoint.format import Atom, DataFile, RankFile, TrainFile
+from stormjib_checkpoint.format import MAX_SMALL_FILE, RankFile, TrainFile
 from stormjib_checkpoint.left import Records
-from stormjib_checkpoint.records import MAX_INTEGER, Json, check_plain, encode
-from stormjib_checkpoint.tensors import Held, Value, held
+from stormjib_checkpoint.objects import to_json
+from stormjib_checkpoint.records import MAX_INTEGER, check_text, encode, shown
+from stormjib_checkpoint.tensors import ABSENT, Held, Value, held
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+    from stormjib_checkpoint.format import DataFile
+    from stormjib_checkpoint.image import Image
     from stormjib_checkpoint.layout import GenerationId
+    from stormjib_checkpoint.records import Json
 
 _RESERVED = "__"
 
@@ -35,22 +39,49 @@ class Part(NamedTuple):
     attempt: str = ""
 
 
+class Contents(NamedTuple):
+    """What a state is made of, on this rank."""
+
+    parts: list[Held]
+    """Its tensors, by name, each once."""
+    ties: dict[str, str]
+    """Other names of tensors, and the names that those have in `parts`: the first in the alphabet."""
+    scalars: dict[str, Json]
+    """All else, `ABSENT` included."""
+
+
+def record_of(
+    who: Part, data: DataFile, file: Image, scalars: Mapping[str, Json], ids: dict[int, tuple[int, ...]]
+) -> RankFile:
+    """A rank's record: what lies in its data file, and what it holds besides. Raises UnsupportedState."""
+    absent = tuple(sorted(name for name, value in scalars.items() if value is ABSENT))
+    kept = as_json({name: value for name, value in scalars.items() if value is not ABSENT}, "state")
+    try:
+        return RankFile(*who, data, file.atoms, file.ties, absent, kept, ids)
+    except ValueError as error:
+        raise UnsupportedState(f"state: {error}") from error
+
+
 def records_of(
     who: Part,
     data: DataFile,
-    atoms: Mapping[str, Atom],
+    file: Image,
     scalars: Mapping[str, Json],
     train: Mapping[str, Json],
     ids: dict[int, tuple[int, ...]],
+    key: bytes | None,
 ) -> Records:
-    """What `who` says of its data file. `train` counts on rank 0. `ids` are those that this rank fed to the model, by step, since its
-    last save. Raises UnsupportedState, which names the key."""
-    refuse_unstorable(scalars, "state")
-    record = RankFile(**who._asdict(), data=data, atoms=dict(atoms), scalars=dict(scalars), samples=ids)
+    """What `who` says of its data file, signed where there is a key. `train` counts on rank 0. `ids` are those that this rank fed to the
+    model, by step, since its last save. Raises UnsupportedState, which names the key."""
+    record = encode(record_of(who, data, file, scalars, ids), key)
+    if len(record) > MAX_SMALL_FILE:
+        raise UnsupportedState(
+            f"the record of rank {who.rank} would have {len(record)} bytes, and {MAX_SMALL_FILE} are read; save fewer tensors a rank"
+        )
     if who.rank != 0:
-        return Records(encode(record), None)
-    refuse_unstorable(train, "train")
-    return Records(encode(record), encode(TrainFile(who.step, who.generation, dict(train))))
+        return Records(record, None)
+    told = TrainFile(who.step, who.generation, as_json(train, "train"))
+    return Records(record, encode(told, key))
 
 
 @contextlib.contextmanager
@@ -65,19 +96,28 @@ def told_as_saved(who: Part) -> Iterator[None]:
         ) from error
 
 
-def split(state: Mapping[str, Value], rank: int, world: int) -> tuple[list[Held], dict[str, Json]]:
-    """The tensors that this rank holds, by name, and the scalars. Raises UnsupportedState by name."""
-    parts: list[Held] = []
-    scalars: dict[str, Json] = {}
+def split(state: Mapping[str, Value], rank: int, world: int) -> Contents:
+    """A state as this rank stores it. Raises UnsupportedState by name."""
+    found = Contents([], {}, {})
+    names: dict[object, str] = {}
     for name, value in sorted(state.items()):
         if name.startswith(_RESERVED):
             raise UnsupportedState(f"{name} begins with {_RESERVED}, which is kept for the format; rename it")
-        if isinstance(value, torch.Tensor):
-            parts.append(held(name, value, rank, world))
+        if not isinstance(value, torch.Tensor):
+            found.scalars[name] = value
+            continue
+        part = held(name, value, rank, world)
+        first = names.setdefault(part.identity, name)
+        if first == name:
+            found.parts.append(part)
         else:
-            scalars[name] = value
-    refuse_unstorable({"names": sorted(state), **scalars}, "state")
-    return parts, scalars
+            found.ties[name] = first
+    owners = {name.rpartition(".")[0] for name in state}
+    for name, value in found.scalars.items():
+        if value is ABSENT and name in owners:
+            raise UnsupportedState(f"{name} is absent and there: the state has names below it")
+    refuse_unstorable(dict.fromkeys(state) | found.scalars, "state")
+    return found
 
 
 def checked_ids(samples: Mapping[int, Sequence[int]]) -> dict[int, tuple[int, ...]]:
@@ -90,8 +130,17 @@ def checked_ids(samples: Mapping[int, Sequence[int]]) -> dict[int, tuple[int, ..
 
 
 def refuse_unstorable(values: Mapping[str, Json], where: str) -> None:
-    """Raises UnsupportedState, which names the key, where JSON would not give `values` back as they are."""
+    """Raises UnsupportedState, which names the key, where the format would not give `values` back as they are."""
+    as_json({name: value for name, value in values.items() if value is not ABSENT}, where)
+
+
+def as_json(values: Mapping[str, Json], where: str) -> dict[str, Json]:
+    """Values by name as they are written. Raises UnsupportedState, which names the key."""
+    for name in values:
+        if type(name) is not str:
+            raise UnsupportedState(f"{where} has the name {shown(name)}; names are text")
     try:
-        check_plain(dict(values), where)
+        check_text("".join(values), f"a name of {where}")
+        return {name: to_json(value, f"{where}.{name}") for name, value in values.items()}
     except FormatError as error:
         raise UnsupportedState(str(error)) from error

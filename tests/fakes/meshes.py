@@ -11,7 +11,7 @@ import torch
 from hypothesis import strategies as st
 
 from stormjib_checkpoint.boxes import Box, part, whole
-from stormjib_checkpoint.tensors import TAGS, Held
+from stormjib_checkpoint.tensors import TAGS, Held, copyable, memory, on_host
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -50,20 +50,27 @@ meshes = st.lists(st.tuples(st.integers(1, 4), st.none() | st.integers(0, 2)), m
 
 def held(name: str, atom: torch.Tensor, box: Box, primary: bool) -> Held:
     """The part of `atom` that lies in `box`, with memory of its own."""
-    local = atom[tuple(slice(o, e) for o, e in zip(box.offset, box.end, strict=True))].clone()
+    local = (
+        copyable(atom)[tuple(slice(o, e) for o, e in zip(box.offset, box.end, strict=True))]
+        .clone()
+        .view(atom.dtype)
+    )
     return Held(name, TAGS[atom.dtype], tuple(atom.shape), box, local, primary)
 
 
 def filled(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> torch.Tensor:
     """A tensor of bytes that differ from element to element."""
     generator = torch.Generator().manual_seed(seed)
-    size = torch.empty((), dtype=dtype).element_size()
-    raw = torch.randint(
-        0, 2 if dtype is torch.bool else 256, (prod(shape) * size,), dtype=torch.uint8, generator=generator
-    )
-    return raw.view(dtype).reshape(shape)
+    size = prod(shape) * dtype.itemsize
+    most = 2 if dtype is torch.bool else 256
+    return torch.randint(0, most, (size,), dtype=torch.uint8, generator=generator).view(dtype).reshape(shape)
+
+
+def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Of any type, also those that torch can hold and not fill."""
+    return torch.zeros(prod(shape) * dtype.itemsize, dtype=torch.uint8).view(dtype).reshape(shape)
 
 
 def raw(tensor: torch.Tensor) -> bytes:
     """The bytes of a tensor: NaNs compare equal to themselves this way."""
-    return bytes(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return bytes(memory(on_host(tensor.detach())))

@@ -13,6 +13,7 @@ import logging
 import marshal
 import os
 from concurrent.futures import wait
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -38,12 +39,13 @@ from stormjib_checkpoint.errors import (
     UnsupportedState,
 )
 from stormjib_checkpoint.format import ResumePoint
+from stormjib_checkpoint.keys import from_environment
 from stormjib_checkpoint.layout import GenerationId
 from stormjib_checkpoint.node_memory import Near
 from stormjib_checkpoint.opening import open_next
 from stormjib_checkpoint.retention import retain
 from stormjib_checkpoint.storage import Local
-from stormjib_checkpoint.tensors import local_of
+from stormjib_checkpoint.tensors import copyable, local_of
 from stormjib_checkpoint.writer import Part, checked_ids, refuse_unstorable
 
 if TYPE_CHECKING:
@@ -52,6 +54,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
 
+    from stormjib_checkpoint.reader import Rename
     from stormjib_checkpoint.records import Json
     from stormjib_checkpoint.storage import Storage
     from stormjib_checkpoint.tensors import Value
@@ -87,7 +90,9 @@ class Engine:
         Raises StorageError where `root` cannot be written, and HistoryError.
         """
         self.rank, self.world = group.place()
-        self.storage: Storage = Local(root) if isinstance(root, (str, os.PathLike)) else root
+        self.storage: Storage = (
+            Local(root, key=from_environment()) if isinstance(root, (str, os.PathLike)) else root
+        )
         self.generation, self.resume = generation, resume
         self._commits = not generation
         self._job_uid, self._keep_last, self._volatile = job_uid, keep_last, tuple(volatile)
@@ -121,16 +126,24 @@ class Engine:
         self._have(self._planned(state).image.size)
         self._berths.touch()
 
-    def load(self, state: MutableMapping[str, Value]) -> dict[str, Json] | None:
+    def load(
+        self, state: MutableMapping[str, Value], *, rename: Rename | None = None
+    ) -> dict[str, Json] | None:
         """Fill `state` from the step that this generation resumes from, as `reader.load` does. What was saved as `train`; None on a
         fresh start. Where a rank finds damage, all take the next older step; with a `generation` given, DamagedCheckpoint is raised
         instead. Raises StateMismatch, StorageError, NoUsableCheckpoint."""
-        return self._resumed(lambda point: reader.load(self.storage, point, state, self._near()))
+        return self._resumed(
+            lambda point: reader.load(self.storage, point, state, rename=rename, near=self._near())
+        )
 
-    def restore(self, model: nn.Module, optimizer: Optimizer) -> dict[str, Json] | None:
+    def restore(
+        self, model: nn.Module, optimizer: Optimizer, *, rename: Rename | None = None
+    ) -> dict[str, Json] | None:
         """As `load`, into a model and its optimizer, for what `state.collect` has made of them."""
         return self._resumed(
-            lambda point: states.restore(self.storage, point, model, optimizer, self._near())
+            lambda point: states.restore(
+                self.storage, point, model, optimizer, rename=rename, near=self._near()
+            )
         )
 
     # --- while training ---------------------------------------------------------------------------------------------
@@ -143,7 +156,7 @@ class Engine:
         train: Mapping[str, Json] | None = None,
         samples: Mapping[int, Sequence[int]] | None = None,
     ) -> Save:
-        """Save `state` (names to tensors, DTensors and JSON scalars) as it is now. `train` is plain JSON, and rank 0's counts; `samples`
+        """Save `state` (names to tensors, DTensors and other values) as it is now. `train` is rank 0's; `samples`
         are the ids that this rank fed to the model, by step, since its last save.
 
         What torch's optimizers change may be changed by them at once: they wait for the copy. Before any other change call `guard`.
@@ -198,17 +211,16 @@ class Engine:
         planned = self._planned(state)
         tensors = planned.tensors(state)
         with torch.no_grad():
-            clones = {name: local_of(state[name]).clone() for name in planned.volatile}
-        scalars = {name: value for name, value in state.items() if not torch.is_tensor(value)}
+            clones = {name: copyable(local_of(state[name])).clone() for name in planned.volatile}
         self._have(planned.image.size)
         return Taken(
             Part(step, GenerationId.parse(self.generation), self.rank, self.world),
             self._berths.next(),
             planned,
             tensors,
-            [torn.version(tensor) for tensor in tensors],
+            torn.versions(tensors),
             clones,
-            _frozen(scalars, "state"),
+            _frozen(planned.others(state), "state"),
             _frozen(dict(train), "train"),
             checked_ids(samples),
             _device_ready(tensors),
@@ -225,7 +237,7 @@ class Engine:
             self._berths.make(size)
 
     def _near(self) -> Near | None:
-        return Near(self._memory) if self._memory is not None else None
+        return Near(self._memory, self.storage.key) if self._memory is not None else None
 
     def _settle(self) -> None:
         """Forget the saves that have ended. Raises TornCopy, and logs what else went wrong."""
@@ -306,7 +318,7 @@ def _frozen(values: dict[str, Json], where: str) -> bytes:
 
 
 def _device_ready(tensors: Sequence[torch.Tensor]) -> Callable[[], None]:
-    if not any(tensor.is_cuda for tensor in tensors):
+    if not any(map(attrgetter("is_cuda"), tensors)):
         return lambda: None
     event = torch.cuda.Event()  # type: ignore[no-untyped-call]
     event.record()

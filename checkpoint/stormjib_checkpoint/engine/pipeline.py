@@ -82,7 +82,7 @@ class Pipeline:
             lambda begun: self._to_memory(save, taken, handover, begun, staged),
             save.staging_completion,
         )
-        told = self._tell.put(Job(lambda: _told(taken, staged))).future
+        told = self._tell.put(Job(lambda: _told(taken, staged, self._storage.key))).future
         self._gate.shut(staging, save.figures)
         self._flush.put(
             Job(lambda: self._to_storage(save, taken, older, handover, told), save.upload_completion)
@@ -178,11 +178,11 @@ class Pipeline:
             self._tidy(save)
 
 
-def _told(taken: Taken, staged: Future[DataFile]) -> Records:
+def _told(taken: Taken, staged: Future[DataFile], key: bytes | None) -> Records:
     """What is said of the data, once it is staged. A slot that holds it says so from then on: it is safe from the death of this process."""
     data = staged.result()
     scalars, train = marshal.loads(taken.scalars), marshal.loads(taken.train)
-    records = records_of(taken.who, data, taken.plan.image.atoms, scalars, train, taken.samples)
+    records = records_of(taken.who, data, taken.plan.image, scalars, train, taken.samples, key)
     if taken.berth.slot is not None:
         taken.berth.slot.tell(records)
     return records

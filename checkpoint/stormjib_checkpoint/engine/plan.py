@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from operator import attrgetter, eq
 from typing import TYPE_CHECKING
 
 import torch
 
 from stormjib_checkpoint.image import Image, image_of
-from stormjib_checkpoint.tensors import local_of
+from stormjib_checkpoint.tensors import are_one, empty, local_of
 from stormjib_checkpoint.writer import split
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
     from stormjib_checkpoint.tensors import Value
+
+_shape = attrgetter("shape")
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,10 @@ class Plan:
 
     names: list[str]
     """Of the whole state, in its own order."""
+    are_tensors: list[bool]
     image: Image
+    parts: list[str]
+    """Names of the tensors that are in the file, in its order."""
     shapes: list[torch.Size]
     """Of the parts, unsharded."""
     volatile: frozenset[str]
@@ -32,14 +38,29 @@ class Plan:
 
     def tensors(self, state: Mapping[str, Value]) -> list[torch.Tensor]:
         """The tensors of the parts, in the order of the file."""
-        return [state[part.name] for part in self.image.parts]
+        return list(map(state.__getitem__, self.parts))
+
+    def others(self, state: Mapping[str, Value]) -> dict[str, Value]:
+        """All that is no tensor."""
+        return {
+            name: state[name]
+            for name, is_tensor in zip(self.names, self.are_tensors, strict=True)
+            if not is_tensor
+        }
 
     def seems_to_fit(self, state: Mapping[str, Value]) -> bool:
-        """Whether names and shapes are those of the plan: what can be told in a fraction of a millisecond."""
+        """Whether names and shapes are those of the plan: what can be told in a fraction of a millisecond.
+
+        Nothing that is made here outlives the line that makes it: thousands of new objects would start a garbage collection, which
+        takes longer than all else in a save.
+        """
         if list(state) != self.names:
             return False
-        found = self.tensors(state)
-        return all(map(torch.is_tensor, found)) and [tensor.shape for tensor in found] == self.shapes
+        if [isinstance(value, torch.Tensor) for value in state.values()] != self.are_tensors:
+            return False
+        if not all(map(eq, map(_shape, self.tensors(state)), self.shapes)):
+            return False
+        return all(are_one(state[name], state[first]) for name, first in self.image.ties.items())
 
     def locals_of(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
         """This rank's parts of the tensors; None where one is of another type, or cut otherwise, than was planned."""
@@ -56,14 +77,20 @@ def plan(
     state: Mapping[str, Value], rank: int, world: int, patterns: Collection[str], buffers: Collection[int]
 ) -> Plan:
     """Plan a state. `patterns` and `buffers` (addresses) say which of its tensors are volatile. Raises UnsupportedState."""
-    held, _ = split(state, rank, world)
+    contents = split(state, rank, world)
+    names = {part.name: [part.name] for part in contents.parts}
+    for name, first in contents.ties.items():
+        names[first].append(name)
     volatile = {
         part.name
-        for part in held
+        for part in contents.parts
         if part.local.untyped_storage().data_ptr() in buffers
-        or any(fnmatchcase(part.name, pattern) for pattern in patterns)
+        or any(fnmatchcase(name, pattern) for pattern in patterns for name in names[part.name])
     }
     # The plan outlives the save, so it must not keep a model's memory alive: types and shapes are enough.
-    file = image_of([replace(part, local=part.local.to("meta")) for part in held], rank)
-    shapes = [state[part.name].shape for part in file.parts]
-    return Plan(list(state), file, shapes, frozenset(volatile & {part.name for part in file.parts}))
+    bare = [replace(part, local=empty(part.local.shape, part.local.dtype, "meta")) for part in contents.parts]
+    file = image_of(bare, rank, contents.ties)
+    parts = [part.name for part in file.parts]
+    shapes = [state[name].shape for name in parts]
+    are_tensors = [isinstance(value, torch.Tensor) for value in state.values()]
+    return Plan(list(state), are_tensors, file, parts, shapes, frozenset(volatile.intersection(parts)))

@@ -195,6 +195,7 @@ def harmed(runs: Sequence[Run], skipped: str) -> bool:
 
 
 def test_each_single_sync_is_needed(runs: list[Run]) -> None:
+    """§1.1, §8.3"""
     lines = {entry.line for run in runs for entry in run.log if isinstance(entry, Synced)}
     assert len(lines) >= 6
     assert [line for line in sorted(lines) if not harmed(runs, line)] == []

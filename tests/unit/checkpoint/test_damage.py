@@ -56,6 +56,7 @@ def test_a_damaged_step_is_refused_and_the_one_before_is_taken(run: Run) -> None
 def test_a_step_deleted_while_it_is_read_is_missing_and_not_damaged(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """§7.3"""
     storage, _, _, twenty = run
     opened = storage.open
 
@@ -86,6 +87,7 @@ def test_a_step_deleted_while_it_is_read_is_missing_and_not_damaged(
 def test_what_does_not_fit_is_refused_before_a_byte_is_filled(
     run: Run, change: dict[str, object], message: str
 ) -> None:
+    """§7.2"""
     storage, _, _, twenty = run
     state: dict[str, object] = {name: torch.zeros_like(value) for name, value in state_of(0).items()}
     with pytest.raises(StateMismatch, match=message):

@@ -125,6 +125,7 @@ def is_found(saved: Saved, name: str, data: bytes) -> None:
 def test_damage_is_found_at_every_place(
     saved: Saved, name: str, how: Callable[[bytes, random.Random], bytes]
 ) -> None:
+    """§7.1"""
     chance = random.Random(f"{name} {how.__name__}")
     whole = saved.disk.content(f"{FOLDER}/{name}")
     count = 0

@@ -37,6 +37,7 @@ def resumed(storage: Local, generation: str = "1.2") -> int | None:
 
 @pytest.mark.parametrize(("trusted", "wanted"), [(33, 30), (30, 30), (29, 20), (10, 10), (9, 10), (0, 10)])
 def test_the_newest_trusted_step_or_else_the_oldest(storage: Local, trusted: int, wanted: int) -> None:
+    """§3.7"""
     doubt(storage, trusted)
     assert resumed(storage) == wanted
 
@@ -80,6 +81,7 @@ def test_the_first_word_stands(storage: Local) -> None:
 
 
 def test_one_that_cannot_be_read_is_told_and_ignored(storage: Local) -> None:
+    """§3.7"""
     storage.create(layout.doubt_file(GenerationId(1, 1)), [b'{"format":"0.1","trusted":"x"}\n'])
     opening = open_generation(storage, "1.2", "uid")
     assert opening.resume is not None

@@ -47,6 +47,7 @@ def test_a_fresh_root_has_nothing_and_starts_from_nothing(storage: Local) -> Non
 
 
 def test_a_cut_node_that_goes_on_committing_is_neither_loaded_nor_counted(storage: Local) -> None:
+    """§3.5"""
     open_generation(storage, "1.1", "uid")
     ten = train(storage, "1.1", 0, 10)
     assert open_generation(storage, "1.2", "uid").resume == ten
@@ -71,6 +72,7 @@ def test_a_zombie_may_save_the_very_same_step(storage: Local) -> None:
 
 
 def test_fall_back_100_to_90_train_again_save_100_again(storage: Local) -> None:
+    """§3.3, §3.4"""
     open_generation(storage, "1.1", "uid")
     ninety, hundred = train(storage, "1.1", 80, 90), train(storage, "1.1", 90, 100, mark=1)
     opening = open_generation(storage, "1.2", "uid", refused=[hundred.digest])
@@ -102,6 +104,7 @@ def test_a_refused_step_stays_refusable_when_nothing_was_trained_since(storage: 
 
 
 def test_a_generation_is_opened_once(storage: Local) -> None:
+    """§3.1"""
     open_generation(storage, "1.1", "uid")
     with pytest.raises(GenerationExists, match="next number"):
         open_generation(storage, "1.1", "uid")
@@ -115,6 +118,7 @@ def test_a_lower_generation_is_refused(storage: Local) -> None:
 
 
 def test_of_two_openers_at_once_the_lower_gives_way(storage: Local, monkeypatch: pytest.MonkeyPatch) -> None:
+    """§3.1"""
     create = storage.create
 
     def overtaken(path: str, chunks: object) -> None:
@@ -131,6 +135,7 @@ def test_of_two_openers_at_once_the_lower_gives_way(storage: Local, monkeypatch:
 
 
 def test_a_job_applied_again_goes_on_from_its_predecessor(storage: Local) -> None:
+    """§3.2"""
     open_generation(storage, "3.4", "first")
     ten = train(storage, "3.4", 0, 10)
     record = highest(storage)
@@ -168,6 +173,7 @@ def test_what_the_parent_left_complete_is_finished_and_what_is_not_is_left(stora
 
 
 def test_a_damaged_newest_step_is_passed_over_and_said(storage: Local) -> None:
+    """§3.6"""
     open_generation(storage, "1.1", "uid")
     ten, twenty = train(storage, "1.1", 0, 10), train(storage, "1.1", 10, 20)
     storage.remove(layout.folder(20, GenerationId(1, 1)), ["rank-00001.safetensors"])
@@ -178,6 +184,7 @@ def test_a_damaged_newest_step_is_passed_over_and_said(storage: Local) -> None:
 
 
 def test_nothing_usable_is_an_error_and_not_a_fresh_start(storage: Local) -> None:
+    """§3.6"""
     open_generation(storage, "1.1", "uid")
     ten = train(storage, "1.1", 0, 10)
     with pytest.raises(NoUsableCheckpoint, match="all refused"):
@@ -189,6 +196,7 @@ def test_nothing_usable_is_an_error_and_not_a_fresh_start(storage: Local) -> Non
 
 
 def test_commit_is_repeatable_and_in_order(storage: Local) -> None:
+    """§5.2, §5.3, §5.4"""
     open_generation(storage, "1.1", "uid")
     save(storage, "1.1", 0, 10)
     twenty = train(storage, "1.1", 0, 20)
@@ -199,6 +207,7 @@ def test_commit_is_repeatable_and_in_order(storage: Local) -> None:
 
 
 def test_samples_of_a_step_that_was_passed_over_are_not_lost(storage: Local) -> None:
+    """§6.1"""
     open_generation(storage, "1.1", "uid")
     train(storage, "1.1", 0, 10)
     save(storage, "1.1", 10, 20)  # never committed; the ranks have told these samples and forget them
@@ -215,6 +224,7 @@ def test_commit_needs_an_opened_generation(storage: Local) -> None:
 
 
 def test_ranks_of_another_world_size_or_attempt_are_not_mixed(storage: Local) -> None:
+    """§4.6, §5.1"""
     open_generation(storage, "1.1", "uid")
     for step, world, attempt in ((10, 3, ""), (20, 2, "1")):
         common = {"step": step, "generation": "1.1", "state": {}, "train": {}, "samples": {}}
@@ -244,6 +254,7 @@ def test_a_tensor_that_only_one_rank_holds_is_not_lost_without_a_trace(storage: 
 
 
 def test_scalars_must_agree(storage: Local) -> None:
+    """§5.1"""
     open_generation(storage, "1.1", "uid")
     for rank in range(2):
         save_rank(

@@ -90,7 +90,7 @@ def resumed(root: Path, near: Near | None = None) -> int:
     point = open_next(storage).resume
     assert point is not None
     found = state(0)
-    assert load(storage, point, found, near) == {"step": point.step}
+    assert load(storage, point, found, near=near) == {"step": point.step}
     assert torch.equal(found["table"], state(point.step)["table"])
     return point.step
 

@@ -32,6 +32,7 @@ def left(storage: Local) -> list[tuple[int, str]]:
 
 
 def test_the_newest_stay_and_the_ledger_stays_whole(storage: Local) -> None:
+    """§6.3, §8.1"""
     for step in range(10, 60, 10):
         train(storage, "1.1", step - 10, step)
     assert retain(storage, "1.1", 3) == ["step-00000010/g1.1", "step-00000020/g1.1"]
@@ -44,6 +45,7 @@ def test_the_newest_stay_and_the_ledger_stays_whole(storage: Local) -> None:
 
 @pytest.mark.parametrize("keep_last", [0, 1, 2])
 def test_two_good_steps_always_stay(storage: Local, keep_last: int) -> None:
+    """§8.1"""
     for step in (10, 20, 30):
         train(storage, "1.1", step - 10, step)
     retain(storage, "1.1", keep_last)
@@ -64,6 +66,7 @@ def test_the_resume_step_stays_as_long_as_its_generation_runs(storage: Local) ->
 
 
 def test_a_generation_that_learns_of_a_higher_one_deletes_nothing(storage: Local) -> None:
+    """§8.1"""
     for step in (10, 20, 30):
         train(storage, "1.1", step - 10, step)
     open_generation(storage, "1.2", "uid")
@@ -72,6 +75,7 @@ def test_a_generation_that_learns_of_a_higher_one_deletes_nothing(storage: Local
 
 
 def test_a_new_generation_judges_nobody_before_its_first_commit(storage: Local) -> None:
+    """§8.2"""
     for step in (10, 20, 30):
         train(storage, "1.1", step - 10, step)
     open_generation(storage, "1.2", "uid")
@@ -84,6 +88,7 @@ def test_a_new_generation_judges_nobody_before_its_first_commit(storage: Local) 
 
 
 def test_unfinished_saves_stay_while_they_may_become_a_commit(storage: Local) -> None:
+    """§8.2"""
     save(storage, "1.1", 0, 10)
     train(storage, "1.1", 10, 20)
     save(storage, "1.1", 20, 30)

@@ -8,17 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from fakes.saving import save_rank
 from stormjib_checkpoint.commit import commit_step
 from stormjib_checkpoint.errors import StateMismatch, UnsupportedState
 from stormjib_checkpoint.opening import open_next
-from stormjib_checkpoint.reader import load
 from stormjib_checkpoint.state import collect, restore
 from stormjib_checkpoint.storage import Local
-from stormjib_checkpoint.tensors import TAGS
+from stormjib_checkpoint.tensors import ABSENT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -104,7 +102,8 @@ def test_state_that_is_not_there_yet_is_neither_lost_nor_made_up(tmp_path: Path)
     optimizer = torch.optim.AdamW(model.parameters())
     state = collect(model, optimizer)
     assert not optimizer.state, "no hidden step"
-    assert not [name for name in state if name.startswith("optim.")]
+    parameters = [f"optim.{name}" for name, _ in model.named_parameters()]
+    assert [name for name, value in state.items() if value is ABSENT] == parameters
     point = saved(Local(tmp_path), state)
     other = Net(2)
     stepped = torch.optim.AdamW(other.parameters())
@@ -164,11 +163,11 @@ def test_a_foreign_parameter_is_refused() -> None:
     [
         ({"w": torch.zeros(2).to_sparse()}, "w is torch.sparse_coo"),
         ({"w": torch.zeros(2, device="meta")}, "on meta"),
-        ({"w": torch.zeros(2, dtype=torch.complex128)}, "w has dtype torch.complex128"),
         ({"__metadata__": torch.zeros(1)}, "kept for the format"),
-        ({"lr": float("nan")}, r"state\.lr is nan"),
-        ({"betas": (1, 2)}, r"state\.betas is \(1, 2\)"),
-        ({"x": object()}, r"state\.x"),
+        ({"x": object()}, r"state\.x is <object"),
+        ({"x": [{"y": {1, 2}}]}, r"state\.x\[0\]\.y is \{1, 2\}"),
+        ({"x": [...]}, r"state\.x\[0\] is Ellipsis"),
+        ({"x": ..., "x.y": 1}, "x is absent and there"),
     ],
 )
 def test_what_cannot_be_stored_is_refused_by_name(
@@ -182,26 +181,10 @@ def test_what_cannot_be_stored_is_refused_by_name(
 def test_train_and_samples_are_checked_too(tmp_path: Path) -> None:
     storage = Local(tmp_path)
     common: dict[str, Any] = {"step": 1, "generation": "0.1", "rank": 0, "world": 1, "state": {}}
-    with pytest.raises(UnsupportedState, match=r"train\.loss is inf"):
-        save_rank(storage, **common, train={"loss": float("inf")}, samples={})
+    with pytest.raises(UnsupportedState, match=r"train\.loss is Ellipsis"):
+        save_rank(storage, **common, train={"loss": ...}, samples={})
     with pytest.raises(UnsupportedState, match="samples of step 4"):
         save_rank(storage, **common, train={}, samples={4: [-1]})
-
-
-def test_every_dtype_and_shape_comes_back(tmp_path: Path) -> None:
-    state: dict[str, torch.Tensor] = {}
-    for dtype in TAGS:
-        for shape in ((), (0,), (3,), (2, 0, 4), (3, 2)):
-            state[f"{dtype}{shape}"] = torch.randint(0, 2, shape).to(dtype)
-    state["view"] = torch.arange(12.0).reshape(3, 4).t()
-    point = saved(Local(tmp_path), state)
-    target: dict[str, Any] = {name: torch.zeros_like(value) for name, value in state.items()}
-    load(Local(tmp_path), point, target)
-    for name, value in state.items():
-        assert torch.equal(value.to(torch.complex64), target[name].to(torch.complex64)), name
-    stock = load_file(tmp_path / "step-00000003/g0.1/rank-00000.safetensors")
-    assert stock.keys() == {name for name, value in state.items() if value.numel()}
-    assert torch.equal(stock["view"], state["view"])
 
 
 @pytest.mark.gpu

@@ -50,6 +50,7 @@ def everything(root: Path) -> list[Path]:
 
 
 def test_files_are_complete_private_and_leave_nothing_temporary(tmp_path: Path) -> None:
+    """§1.1, §1.2, §1.3"""
     storage = Local(tmp_path / "team" / "job")
     before = os.umask(0o022)
     try:
@@ -66,6 +67,7 @@ def test_files_are_complete_private_and_leave_nothing_temporary(tmp_path: Path) 
 
 
 def test_a_name_is_given_once(tmp_path: Path) -> None:
+    """§1.1"""
     storage = Local(tmp_path)
     storage.create("a.json", [b"first"])
     with pytest.raises(AlreadyThere, match=r"a\.json: the name is taken"):
@@ -177,6 +179,7 @@ def test_no_path_leads_out_of_the_root(tmp_path: Path, path: str) -> None:
 
 
 def test_a_folder_is_removed_with_unfinished_writes_but_never_with_anything_else(tmp_path: Path) -> None:
+    """§1.2"""
     storage = Local(tmp_path)
     storage.create("a/keep", [b""])
     (tmp_path / "a" / ".x.123").write_text("torn")
