@@ -136,6 +136,7 @@ def test_the_state_of_the_call_is_saved_while_the_optimizer_goes_on(engine: Engi
         step(model, optimizer)
     for save, wanted in saves[-2:]:  # the older ones are deleted by now
         assert_saved(engine, save, wanted)
+    engine.wait()
     assert [point.step for point in committed(engine.storage)] == [5, 4]
 
 
