@@ -7,7 +7,8 @@
                                                            -> {"id":3,"committed":{...},"deleted":[...]}
 
 Every request gets one answer, `{"id":...,"error":"...","kind":"Superseded"}` where it fails. A commit waits for the
-ranks without holding up anything else, so answers may change places. Ends when its input ends. Standard library only.
+ranks without holding up anything else, so answers may change places. Ends when its input ends. Standard library only,
+but for a store's client.
 """
 
 from __future__ import annotations
@@ -28,12 +29,13 @@ from stormjib_checkpoint.layout import GenerationId  # noqa: TC001 - records are
 from stormjib_checkpoint.opening import open_generation
 from stormjib_checkpoint.records import Json, build, parse, plain
 from stormjib_checkpoint.retention import retain
-from stormjib_checkpoint.storage import Local, Storage
+from stormjib_checkpoint.stores.urls import open_storage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from stormjib_checkpoint.format import ResumePoint
+    from stormjib_checkpoint.storage import Storage
 
 MAX_REQUEST = 1 << 20
 """A longer line is no request of an agent; it is answered with an error and skipped."""
@@ -222,11 +224,15 @@ def _to_log(note: str) -> None:
 
 
 def main() -> None:
-    """Entry point: the root of the job's checkpoints is the only argument."""
+    """Entry point: the root of the job's checkpoints, a folder or a URL, is the only argument."""
     if len(sys.argv) != 2:
         sys.exit("usage: python -m stormjib_checkpoint.child ROOT")
+    try:
+        storage = open_storage(sys.argv[1])
+    except StorageError as error:
+        sys.exit(str(error))
     with contextlib.suppress(BrokenPipeError):  # the agent is gone, and with it everybody who could ask
-        serve(Child(Local(sys.argv[1]), _to_log), sys.stdin.fileno(), sys.stdout.fileno())
+        serve(Child(storage, _to_log), sys.stdin.fileno(), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ from stormjib_checkpoint.format import ResumePoint
 from stormjib_checkpoint.layout import GenerationId
 from stormjib_checkpoint.opening import open_next
 from stormjib_checkpoint.retention import retain
-from stormjib_checkpoint.storage import Local
+from stormjib_checkpoint.stores.urls import open_storage
 from stormjib_checkpoint.tensors import local_of
 from stormjib_checkpoint.writer import Part, checked_ids, refuse_unstorable
 
@@ -81,7 +81,7 @@ class Engine:
         Raises StorageError where `root` cannot be written, and HistoryError.
         """
         self.rank, self.world = group.place()
-        self.storage: Storage = Local(root) if isinstance(root, (str, os.PathLike)) else root
+        self.storage: Storage = open_storage(root) if isinstance(root, (str, os.PathLike)) else root
         self.generation, self.resume = generation, resume
         self._commits = not generation
         self._job_uid, self._keep_last, self._volatile = job_uid, keep_last, tuple(volatile)
