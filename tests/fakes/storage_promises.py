@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from stormjib_checkpoint.storage import Storage
 
 MIB = 1024 * 1024
-RACES = 20
+RACES = 12
 SOON_S = 30.0
 
 
@@ -99,12 +99,12 @@ class StoragePromises:
         with pytest.raises(NotThere, match="a/nothing"), storage.open("a/nothing"):
             pass
 
-    @pytest.mark.parametrize("path", ["", "/etc/passwd", "../x", "a/../b", "a//b", "a\0b"])
-    def test_no_path_leads_out_of_the_root(self, storage: Storage, path: str) -> None:
-        with pytest.raises(ValueError, match="no path below a root"):
-            storage.create(path, [b""])
-        with pytest.raises(ValueError, match="no path below a root"):
-            storage.read(path, 10)
+    def test_no_path_leads_out_of_the_root(self, storage: Storage) -> None:
+        for path in ("", "/etc/passwd", "../x", "a/../b", "a//b", "a\0b"):
+            with pytest.raises(ValueError, match="no path below a root"):
+                storage.create(path, [b""])
+            with pytest.raises(ValueError, match="no path below a root"):
+                storage.read(path, 10)
 
     def test_a_name_is_given_once(self, storage: Storage, open_place: Callable[[], Storage]) -> None:
         storage.create("a.json", [b"first"])

@@ -266,21 +266,29 @@ def mood(server: Gateway, known: None, monkeypatch: pytest.MonkeyPatch) -> Itera
         yield proxy
 
 
+REFUSED = {
+    "503 at a part": ("^PUT .*[?&]partNumber=2", 503, "SlowDown"),
+    "credentials expire": ("^PUT .*[?&]partNumber=2", 400, "ExpiredToken"),
+    "503 at the end": ("^POST .*[?&]uploadId=", 503, "SlowDown"),
+    "500 at the record": ("^PUT .*rank-00000.json", 500, "InternalError"),
+}
+
+
 @pytest.mark.parametrize(
-    ("request_", "status", "code"),
+    ("scheme", "fault"),
     [
-        ("^PUT .*[?&]partNumber=2", 503, "SlowDown"),
-        ("^PUT .*[?&]partNumber=2", 400, "ExpiredToken"),
-        ("^POST .*[?&]uploadId=", 503, "SlowDown"),
-        ("^PUT .*rank-00000.json", 500, "InternalError"),
+        *(("s3", fault) for fault in REFUSED),
+        ("fsspec+s3", "credentials expire"),
+        ("fsspec+s3", "503 at the end"),
     ],
-    ids=["503 at a part", "credentials expire", "503 at the end", "500 at the record"],
 )
 def test_a_store_that_refuses_in_mid_upload_costs_the_step_and_nothing_else(
-    url: str, mood: Moody, request_: str, status: int, code: str
+    bucket: str, mood: Moody, scheme: str, fault: str
 ) -> None:
+    url = f"{scheme}://{bucket}/job"
+    request, status, code = REFUSED[fault]
     job = Job(open_storage(url, patience=IMPATIENT))
-    through_a_fault(url, job, lambda: mood.answer(request_, status, code), mood.clear, code)
+    through_a_fault(url, job, lambda: mood.answer(request, status, code), mood.clear, code)
     assert mood.fired
 
 
