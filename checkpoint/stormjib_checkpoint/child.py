@@ -8,8 +8,8 @@
     {"id":4,"do":"adopt","memory":"/dev/shm/..."}          -> {"id":4,"adopted":[[step,rank],...],"notes":[...]}
 
 Every request gets one answer, `{"id":...,"error":"...","kind":"Superseded"}` where it fails. A commit waits for the
-ranks without holding up anything else, so answers may change places. Ends when its input ends. Standard library only, but for `adopt`:
-that compares hashes, with what the ranks have hashed with.
+ranks without holding up anything else, so answers may change places. Ends when its input ends. Standard library only, but for a store's
+client, and for `adopt`: that compares hashes, with what the ranks have hashed with.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from stormjib_checkpoint.commit import POLL_S, WAIT_S, Pending, commit_step
 from stormjib_checkpoint.errors import BadKey, CheckpointError, FormatError, StorageError
 from stormjib_checkpoint.history import highest
-from stormjib_checkpoint.keys import from_environment
 from stormjib_checkpoint.layout import GenerationId  # noqa: TC001 - records are built from their annotations
 from stormjib_checkpoint.node_memory import staged
 from stormjib_checkpoint.opening import open_generation
 from stormjib_checkpoint.records import Json, build, parse, plain
 from stormjib_checkpoint.retention import retain
-from stormjib_checkpoint.storage import Local, Storage
+from stormjib_checkpoint.stores.urls import open_storage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from stormjib_checkpoint.format import ResumePoint
+    from stormjib_checkpoint.storage import Storage
 
 MAX_REQUEST = 1 << 20
 """A longer line is no request of an agent; it is answered with an error and skipped."""
@@ -246,12 +246,12 @@ def _to_log(note: str) -> None:
 
 
 def main() -> None:
-    """Entry point: the root of the job's checkpoints is the only argument."""
+    """Entry point: the root of the job's checkpoints, a folder or a URL, is the only argument."""
     if len(sys.argv) != 2:
         sys.exit("usage: python -m stormjib_checkpoint.child ROOT")
     try:
-        storage = Local(sys.argv[1], key=from_environment())
-    except BadKey as error:
+        storage = open_storage(sys.argv[1])
+    except (StorageError, BadKey) as error:
         sys.exit(str(error))
     with contextlib.suppress(BrokenPipeError):  # the agent is gone, and with it everybody who could ask
         serve(Child(storage, _to_log), sys.stdin.fileno(), sys.stdout.fileno())

@@ -46,7 +46,8 @@ class NewFile(Protocol):
     """A file that is being written and has no name yet."""
 
     def write(self, offset: int, data: memoryview) -> None:
-        """Put bytes at an offset, in any order and from any thread. Fast where offset, length and memory are multiples of 4096."""
+        """Put bytes at an offset, in any order and from any thread; each byte of the file once. The memory is free again on return.
+        Fast where the writers take turns through whole pieces of 16 MiB, from front to back."""
 
 
 class Storage(Protocol):
@@ -55,6 +56,10 @@ class Storage(Protocol):
     @property
     def key(self) -> bytes | None:
         """What the records in it are signed with and proved by; None: they are not signed."""
+
+    @property
+    def writers(self) -> int:
+        """How many threads that write at once keep it busy."""
 
     def new(self, path: str, size: int) -> contextlib.AbstractContextManager[NewFile]:
         """A new file of `size` bytes: what is written behind them is cut off. It is there, durable and whole, when the block ends;
@@ -115,6 +120,8 @@ class _LocalNewFile:
 
 class Local:
     """A folder of a file system that every rank and committer of the job sees."""
+
+    writers = 2
 
     def __init__(
         self, root: str | os.PathLike[str], files: Files | None = None, key: bytes | None = None

@@ -39,12 +39,11 @@ from stormjib_checkpoint.errors import (
     UnsupportedState,
 )
 from stormjib_checkpoint.format import ResumePoint
-from stormjib_checkpoint.keys import from_environment
 from stormjib_checkpoint.layout import GenerationId
 from stormjib_checkpoint.node_memory import Near
 from stormjib_checkpoint.opening import open_next
 from stormjib_checkpoint.retention import retain
-from stormjib_checkpoint.storage import Local
+from stormjib_checkpoint.stores.urls import open_storage
 from stormjib_checkpoint.tensors import copyable, local_of
 from stormjib_checkpoint.writer import Part, checked_ids, refuse_unstorable
 
@@ -87,12 +86,10 @@ class Engine:
         `memory` is a folder on a memory-backed volume: staged there, a step outlives this process, and whoever starts the next one
         can finish it (`adopting.adopt`). Without it a step that is not on the storage yet dies with the process.
 
-        Raises StorageError where `root` cannot be written, and HistoryError.
+        Raises StorageError where `root` cannot be written, BadKey, and HistoryError.
         """
         self.rank, self.world = group.place()
-        self.storage: Storage = (
-            Local(root, key=from_environment()) if isinstance(root, (str, os.PathLike)) else root
-        )
+        self.storage: Storage = open_storage(root) if isinstance(root, (str, os.PathLike)) else root
         self.generation, self.resume = generation, resume
         self._commits = not generation
         self._job_uid, self._keep_last, self._volatile = job_uid, keep_last, tuple(volatile)

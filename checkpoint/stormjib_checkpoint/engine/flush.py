@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from stormjib_checkpoint.engine.arena import Arena
     from stormjib_checkpoint.storage import NewFile, Storage
 
-WRITERS = 2
 NICE = 10
 """Writing waits for training, never the other way round."""
 
@@ -47,16 +46,15 @@ class Handover:
             raise self._failed
 
 
-def flush(
-    storage: Storage, path: str, size: int, arena: Arena, handover: Handover, writers: int = WRITERS
-) -> None:
+def flush(storage: Storage, path: str, size: int, arena: Arena, handover: Handover, writers: int = 0) -> None:
     """Write a data file from the pieces that are handed over; it is durable on return. Frees each piece, whatever happens.
+    As many threads write as the storage wants, or `writers`.
 
     Raises StorageError, and what `handover` was ended with: then there is no file.
     """
     try:
         with storage.new(path, size) as file:
-            together(writers, lambda: _write(file, size, arena, handover))
+            together(writers or storage.writers, lambda: _write(file, size, arena, handover))
             handover.check()
     finally:
         for piece in handover:
