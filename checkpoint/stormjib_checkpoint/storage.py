@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from stormjib_checkpoint.errors import (
     AlreadyThere,
+    MediumFailed,
     NotThere,
     StorageDenied,
     StorageError,
@@ -165,7 +166,7 @@ class Local:
             self._discard(temporary)
             raise
         finally:
-            self._files.close(descriptor)
+            self._close(descriptor, target)
         self._discard(temporary)
         with _typed(target):
             self._files.sync_folder(folder)
@@ -187,9 +188,11 @@ class Local:
         with _typed(target):
             descriptor = self._files.open_to_read(target)
         try:
-            yield _LocalFile(self._files, descriptor, target)
+            with _typed(target):
+                file = _LocalFile(self._files, descriptor, target)
+            yield file
         finally:
-            self._files.close(descriptor)
+            self._close(descriptor, target)
 
     def names(self, folder: str) -> list[str]:
         target = self._at(folder) if folder else self.root
@@ -259,6 +262,10 @@ class Local:
             with contextlib.suppress(FileExistsError):
                 self._files.mkdir(folder)
 
+    def _close(self, descriptor: int, path: str) -> None:
+        with _typed(path):
+            self._files.close(descriptor)
+
     def _discard(self, temporary: str) -> None:
         with contextlib.suppress(OSError):
             self._files.unlink(temporary)
@@ -282,6 +289,7 @@ def _typed(path: str) -> Iterator[None]:
 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_MEDIUM = (errno.EIO, errno.EREMOTEIO, errno.EUCLEAN, errno.EBADMSG)
 
 
 def _error(path: str, error: OSError) -> StorageError:
@@ -303,4 +311,5 @@ def _error(path: str, error: OSError) -> StorageError:
         return AlreadyThere(
             path, "the name is taken", "It is never overwritten; take the next generation or step."
         )
-    return StorageError(path, f"{problem} (errno {error.errno})", "Look at the health of the volume.")
+    kind = MediumFailed if error.errno in _MEDIUM else StorageError
+    return kind(path, f"{problem} (errno {error.errno})", "Look at the health of the volume.")

@@ -12,7 +12,10 @@ import torch
 
 from fakes.agents import SCRIPTS
 from fakes.warm import Warm
-from stormjib_checkpoint.history import committed
+from stormjib_checkpoint.adopting import adopt
+from stormjib_checkpoint.history import committed, highest
+from stormjib_checkpoint.node_memory import staged
+from stormjib_checkpoint.opening import open_next
 from stormjib_checkpoint.reader import load
 from stormjib_checkpoint.storage import Local
 from stormjib_checkpoint.verify import verify
@@ -64,3 +67,26 @@ async def test_killed_at_any_moment_it_goes_on_from_a_whole_step(warm: Warm, tmp
             assert found >= reached
             reached = found
     assert reached > 5
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_killed_at_any_moment_it_goes_on_from_the_newest_step_that_was_staged(
+    warm: Warm, tmp_path: Path
+) -> None:
+    """What the rank has staged and not yet written is finished from the node's memory by who survives it."""
+    root, memory = tmp_path / "job", tmp_path / "memory"
+    chance, ahead = random.Random(11), 0
+    for _ in range(KILLS):
+        seconds = str(chance.uniform(0.05, 0.6))
+        done = await warm.fork(SCRIPT, str(root), "1000000", seconds, str(memory))
+        assert done.exit == -signal.SIGALRM, done.err
+        in_memory = max((one.record.step for one in staged(memory)), default=0)
+        written = max((point.step for point in committed(Local(root))), default=0) if root.exists() else 0
+        ahead += in_memory > written
+        adopted = adopt(Local(root), memory)
+        assert adopted.notes == ()
+        if highest(Local(root)) is not None:
+            open_next(Local(root))  # as the next run does: it commits what is complete
+        if in_memory:
+            assert newest_is_whole(root) == max(in_memory, written)
+    assert ahead > 3, "most kills shall come between staging and the disk, or this shows nothing"
