@@ -24,6 +24,7 @@ from stormjib_checkpoint.format import (
     Manifest,
     RankFile,
     ResumePoint,
+    TrainFile,
 )
 from stormjib_checkpoint.history import committed_by, read_generation, saves
 from stormjib_checkpoint.index import index_of
@@ -36,6 +37,7 @@ from stormjib_checkpoint.step import CommittedStep
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from stormjib_checkpoint.format import AtomsFile
     from stormjib_checkpoint.storage import Storage
 
 WAIT_S = 60.0
@@ -186,13 +188,25 @@ def _index(storage: Storage, ranks: Sequence[RankFile], place: str) -> dict[str,
     index = index_of(ranks, place)
     for record in ranks:
         _check_data(storage, f"{place}/{layout.rank_data(record.rank)}", record.data.bytes)
+    train = _train(storage, index, place)
     atoms = encode(index, storage.key)
     create_same(storage, f"{place}/{layout.ATOMS}", atoms)
+    return {layout.ATOMS: sha256(atoms), layout.TRAIN: sha256(train)}
+
+
+def _train(storage: Storage, index: AtomsFile, place: str) -> bytes:
+    """`train.json`, which must be one that this step can be loaded with."""
+    path = f"{place}/{layout.TRAIN}"
     try:
-        train = storage.read(f"{place}/{layout.TRAIN}", MAX_SMALL_FILE)
+        data = storage.read(path, MAX_SMALL_FILE)
+        record = decode(TrainFile, data, path, storage.key)
     except NotThere as error:
         raise Incomplete(place, [layout.TRAIN]) from error
-    return {layout.ATOMS: sha256(atoms), layout.TRAIN: sha256(train)}
+    except FormatError as error:
+        raise Inconsistent(str(error)) from error
+    if (record.step, record.generation) != (index.step, index.generation):
+        raise Inconsistent(f"{path} is of step {record.step} of {record.generation}")
+    return data
 
 
 def _check_data(storage: Storage, path: str, size: int) -> None:

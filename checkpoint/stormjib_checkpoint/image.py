@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING
 
 from stormjib_checkpoint.format import Atom, StoredBox
@@ -24,7 +25,7 @@ class Image:
     size: int
     """Bytes of the whole file."""
     atoms: dict[str, Atom]
-    """All that the rank holds; boxes only of what is in the file."""
+    """All of which the rank holds anything, and what has no elements at all; boxes only of what is in the file."""
     ties: dict[str, str]
     """Other names of atoms, and the names of those."""
 
@@ -41,6 +42,7 @@ def image_of(held: Sequence[Held], rank: int, ties: Mapping[str, str]) -> Image:
     atoms = {
         part.name: Atom(part.dtype, part.shape, (boxes[part.name],) if part.name in boxes else ())
         for part in held
+        if part.box.volume or not prod(part.shape)
     }
     size = starts[-1] + entries[-1].nbytes if entries else len(head)
     return Image(head, tuple(mine[entry.name] for entry in entries), tuple(starts), size, atoms, dict(ties))

@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 
 Rename = Callable[[str], str]
-"""A rule: from a name in the checkpoint to its name in the state to fill. Names that it leaves as they are are equal on both sides."""
+"""A rule: from each name in the checkpoint to its name in the state to fill."""
 
 
 def load(

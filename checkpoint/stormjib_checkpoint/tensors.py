@@ -149,11 +149,9 @@ def is_direct(local: torch.Tensor) -> bool:
 
 
 def place(local: torch.Tensor) -> tuple[object, ...]:
-    """Where a tensor's elements lie and how they are read: equal for two names of one memory."""
-    storage = local.untyped_storage()
-    address = storage.data_ptr() or storage._cdata  # without memory, being the same object is all there is
+    """Where a tensor's elements lie and how they are read: equal for two names of one memory. Of no use where there are no elements."""
     form = (local.shape, local.stride(), local.dtype, local.is_conj(), local.is_neg())
-    return (local.device, address, local.storage_offset(), *form)
+    return (local.device, local.data_ptr(), *form)
 
 
 def are_one(one: Value, other: Value) -> bool:

@@ -107,7 +107,8 @@ def split(state: Mapping[str, Value], rank: int, world: int) -> Contents:
             found.scalars[name] = value
             continue
         part = held(name, value, rank, world)
-        first = names.setdefault(part.identity, name)
+        # What has no elements here has no place either: the ranks that hold some say whether it is tied.
+        first = names.setdefault(part.identity, name) if part.box.volume else name
         if first == name:
             found.parts.append(part)
         else:

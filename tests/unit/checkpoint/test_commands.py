@@ -6,8 +6,10 @@ import json
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
+from fakes.saving import commit_states
 from fakes.training import save, train
 from stormjib_checkpoint.commands import app
 from stormjib_checkpoint.opening import open_generation
@@ -54,6 +56,19 @@ def test_show_names_tensors_and_refuses_steps_that_do_not_exist(root: Path) -> N
     code, text = run("show", root, "--step", 20)
     assert code == 2
     assert "there are: 12, 10" in text
+
+
+def test_show_tells_ties_absent_states_and_values(tmp_path: Path) -> None:
+    weight = torch.zeros(2)
+    commit_states(Local(tmp_path), {"emb": weight, "head": weight, "optim.emb": ..., "betas": (0.9, 0.99)})
+    code, text = run("show", tmp_path)
+    assert code == 0
+    rows = [line.split() for line in text.splitlines()]
+    assert ["head", "is", "emb"] in rows
+    assert ["optim.emb", "absent"] in rows
+    assert "betas = {'$tuple': [0.9, 0.99]}" in text
+    shown = json.loads(run("show", tmp_path, "--json")[1])
+    assert (shown["ties"], shown["absent"]) == ({"head": "emb"}, ["optim.emb"])
 
 
 def test_verify_finds_a_flipped_bit(root: Path) -> None:

@@ -28,7 +28,7 @@ from stormjib_checkpoint.errors import (
 from stormjib_checkpoint.history import committed
 from stormjib_checkpoint.reader import load
 from stormjib_checkpoint.state import collect
-from stormjib_checkpoint.tensors import TAGS
+from stormjib_checkpoint.tensors import DTYPES, TAGS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -363,6 +363,29 @@ def test_every_form_comes_back_and_others_can_read_it(engine: Engine, tmp_path: 
     file = load_file(tmp_path / "job/step-00000001/g0.1/rank-00000.safetensors")
     assert file.keys() == {name for name, v in state.items() if torch.is_tensor(v) and v.numel()}
     assert torch.equal(file["turned"], state["turned"])
+
+
+def test_ties_absent_states_and_odd_values_go_through_the_engine(tmp_path: Path) -> None:
+    """§9.3, §9.5, §9.8: also where the pattern names only the other name of a volatile tensor, of a type torch cannot copy."""
+    engine = Engine(tmp_path / "job", volatile=["z.*"])
+    model, optimizer = trained(0)
+    bare = filled((3, 5), DTYPES["I4"], 1)
+    odd = {"numbers": (float("inf"), {7: b"x"})}
+    state: dict[str, Value] = {**collect(model, optimizer), "a.bare": bare, "z.bare": bare, **odd}
+    wanted = copied({name: value for name, value in state.items() if not name.endswith(".bare")})
+    with held(engine, state):
+        save = engine.async_save(state, step=1)
+        old = raw(bare)
+        bare.view(torch.uint8).add_(1)
+    wanted |= {name: filled((3, 5), DTYPES["I4"], 1) for name in ("a.bare", "z.bare")}
+    assert old == raw(filled((3, 5), DTYPES["I4"], 1))
+    assert_saved(engine, save, wanted)
+    engine.async_save(collect(model, optimizer), step=2)
+    engine.close()
+    again, stepped = Engine(tmp_path / "job"), trained(1)
+    assert again.restore(*stepped, rename=lambda name: name) == {}
+    assert not stepped[1].state
+    again.close()
 
 
 def test_a_state_of_another_form_is_planned_anew(engine: Engine) -> None:

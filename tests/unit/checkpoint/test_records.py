@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stormjib_checkpoint.errors import FormatError
@@ -176,6 +176,47 @@ def test_a_missing_key_is_named() -> None:
 def test_noise_is_refused_and_nothing_else_happens(data: bytes) -> None:
     with pytest.raises(FormatError):
         decode(RankFile, data, "file")
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**65), 2**65)
+    | st.floats(allow_nan=False)
+    | st.text(max_size=4)
+    | st.sampled_from(["F32", "w", "optim.u", "2.7", "0" * 64, "0" * 16]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=4,
+)
+
+
+def places(value: Any) -> list[tuple[Any, Any]]:
+    """Every (container, key) in a JSON value."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [place for key, item in items for place in ((value, key), *places(item))]
+
+
+@settings(max_examples=400)
+@given(
+    record=st.sampled_from(RECORDS),
+    place=st.integers(0, 2**16),
+    value=JSON,
+    key=st.none() | st.just(b"k" * 16),
+)
+def test_any_value_in_any_place_is_refused_or_read(
+    record: object, place: int, value: Any, key: bytes | None
+) -> None:
+    """§2.3: nothing but a FormatError comes of a hostile file, and what is read is written again as it is."""
+    plain = json.loads(encode(record))
+    every = places(plain)
+    container, where = every[place % len(every)]
+    container[where] = value
+    try:
+        found = decode(type(record), json.dumps(plain).encode(), "file", key)
+    except FormatError:
+        return
+    assert key is None
+    assert decode(type(record), encode(found), "file") == found
 
 
 def test_names_have_one_form() -> None:

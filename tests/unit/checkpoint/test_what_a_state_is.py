@@ -13,9 +13,11 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from fakes.disk import Disk
-from fakes.saving import commit_states
+from fakes.saving import commit_states, save_rank
+from stormjib_checkpoint.commit import commit_step
 from stormjib_checkpoint.engine.plan import plan
 from stormjib_checkpoint.errors import Inconsistent, StateMismatch, UnsupportedState
+from stormjib_checkpoint.opening import open_next
 from stormjib_checkpoint.reader import Checkpoint, load
 from stormjib_checkpoint.state import collect, restore
 from stormjib_checkpoint.storage import Local
@@ -120,6 +122,19 @@ def test_optimizer_state_goes_by_the_name_of_its_parameter() -> None:
     ]  # fmt: skip
     assert state["group.0.params"] == ["model.lm_head.weight", "model.encoder.weight", "model.encoder.bias"]
     assert state["group.0.betas"] == (0.9, 0.999)
+
+
+@pytest.mark.parametrize("order", ["ab", "ba"])
+def test_the_order_of_registration_does_not_matter(order: str) -> None:
+    """§9.2"""
+    shared = nn.Linear(2, 2, bias=False)
+    model = nn.ModuleDict({name: shared for name in order})
+    optimizer = torch.optim.SGD(model.parameters(), momentum=0.9)
+    model["a"](torch.ones(2)).sum().backward()
+    optimizer.step()
+    state = collect(model, optimizer)
+    assert [name for name in state if name.startswith("optim.")] == ["optim.a.weight.momentum_buffer"]
+    assert split(state, 0, 1).ties == {"model.b.weight": "model.a.weight"}
 
 
 class Renamed(Tied):
@@ -302,27 +317,40 @@ def test_a_tie_that_is_broken_between_two_saves_is_noticed() -> None:
     assert not planned.seems_to_fit(state | {"b": 0.5})
 
 
+def test_a_number_that_becomes_a_tensor_is_planned_anew() -> None:
+    """§4.3: the plan would know nothing of it, and the step would lack it."""
+    state: dict[str, Value] = {"w": rows(0), "lr": 0.1}
+    planned = plan(state, 0, 1, (), set())
+    assert planned.seems_to_fit(state | {"lr": 0.2})
+    assert not planned.seems_to_fit(state | {"lr": torch.tensor(0.2)})
+
+
 @pytest.fixture
-def rank_3_of_4() -> Iterator[None]:
-    dist.init_process_group("fake", store=FakeStore(), rank=3, world_size=4)
+def four_ranks() -> Iterator[None]:
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
     yield
     dist.destroy_process_group()
 
 
-@pytest.mark.usefixtures("rank_3_of_4")
-def test_shards_are_tied_also_where_a_rank_has_none_of_them() -> None:
-    """§9.5, §9.17: three rows over four ranks. The others see the tie; this one must too."""
+@pytest.mark.usefixtures("four_ranks")
+def test_shards_are_tied_also_where_a_rank_has_none_of_them(
+    storage: Local, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """§4.3, §9.5, §9.17: three rows over four ranks. The others see the tie; the last one sees nothing, and says nothing."""
     mesh = init_device_mesh("cpu", (4,))
-
-    def shard() -> DTensor:
-        return DTensor.from_local(
-            torch.zeros(0, 2), mesh, [Shard(0)], run_check=False, shape=torch.Size((3, 2)), stride=(2, 1)
+    generation = open_next(storage).generation
+    for rank in range(4):
+        local = rows(0)[rank : rank + 1].clone()
+        size = torch.Size((3, 2))
+        weight = DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=size, stride=(2, 1))
+        monkeypatch.setattr(type(mesh), "get_coordinate", lambda _, at=rank: [at])
+        state = {"emb": weight, "head": weight.detach(), "bare": torch.zeros(0, 2)}
+        save_rank(
+            storage, step=1, generation=generation, rank=rank, world=4, state=state, train={}, samples={}
         )
-
-    weight = shard()
-    contents = split({"emb": weight, "head": weight.detach(), "other": shard()}, 3, 4)
-    assert contents.ties == {"head": "emb"}
-    assert [(part.name, part.box.shape) for part in contents.parts] == [("emb", (0, 2)), ("other", (0, 2))]
+    atoms = Checkpoint(storage, commit_step(storage, generation, 4, 1)).atoms
+    assert atoms["emb"] is atoms["head"]
+    assert {name: len(atom.boxes) for name, atom in atoms.items()} == {"emb": 3, "head": 3, "bare": 0}
 
 
 # --- state that is not there yet ----------------------------------------------------------------------------------------
