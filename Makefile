@@ -62,9 +62,10 @@ bench: setup      ## every benchmark, tables on the terminal
 	$(PY) -m bench.coordinator --quick
 	$(PY) -m bench.isolation --quick
 	$(PY) -m bench.bursts --quick
+	$(PY) -m bench.store_client --quick
 
 lock: setup       ## write requirements/*.txt anew
-	$(BIN)/uv pip compile pyproject.toml --extra demo --group lint --universal --python-version 3.11 \
+	$(BIN)/uv pip compile pyproject.toml --extra demo --extra s3 --group lint --universal --python-version 3.11 \
 	  --generate-hashes --no-emit-index-url --no-header -c requirements/constraints.in -o requirements/dev.txt
 	echo uv | $(BIN)/uv pip compile - --universal --python-version 3.11 \
 	  --generate-hashes --no-emit-index-url --no-header -o requirements/uv.txt

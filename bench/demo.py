@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 NAMESPACE = "demo"
 OUT = ROOT / "build/demo"
+PAUSE_STEPS = 20
+"""Between two faults."""
 console = Console(highlight=False)
 
 
@@ -45,15 +47,14 @@ def main() -> int:
     with opened("demo", nodes=4, keep=bool(os.environ.get("KEEP"))) as stage:
         prepare(stage)
         report = Report()
-        interval = train_through_faults(stage, report)
+        train_through_faults(stage, report)
         report.torchrun_rank_kill_s = torchrun_rank_kill(stage)
-    found = promises(report, interval)
+    found = promises(report)
     report.write(OUT / "report.json")
     tables = (fault_table(report.faults), verdict_table(report.verdicts), promise_table(found))
     console.print(*tables, sep="\n")
-    console.print(
-        "saves of rank 0, medians:", ", ".join(f"{key} {ms:g}" for key, ms in report.saves_ms.items())
-    )
+    times = ", ".join(f"{key} {ms:g}" for key, ms in report.saves_ms.items())
+    console.print(f"{report.saves} saves in {report.steps} steps; of rank 0, medians: {times}")
     console.print(
         f"report: {OUT / 'report.json'}\nloss curve: {OUT / 'loss.png'}\n{time.monotonic() - started:.0f} s in all"
     )
@@ -68,17 +69,16 @@ def prepare(stage: Stage) -> None:
     stage.make_namespace(NAMESPACE)
 
 
-def train_through_faults(stage: Stage, report: Report) -> int:
-    """Apply the sample, break things, wait for Complete, fill the report. Returns the checkpoint interval."""
+def train_through_faults(stage: Stage, report: Report) -> None:
+    """Apply the sample, break things, wait for Complete, fill the report."""
     job = stage.apply_sample("tiny-llama.yaml", NAMESPACE)
     say(
         f"applied TrainingJob {NAMESPACE}/{job}; every pod imports torch once, that takes a while on two cores"
     )
     scene = Scene(stage, Follower(stage.cluster.kubeconfig, NAMESPACE, job), NAMESPACE, job)
-    interval = int(stage.job(NAMESPACE, job)["spec"]["checkpoint"]["interval"]["steps"])
     marks: list[tuple[float, str]] = []
     with live(scene.follower):
-        scene.follower.wait_step(2 * interval, 120)
+        scene.follower.wait_step(2 * PAUSE_STEPS, 120)
         report.idle_core_percent, report.rss_mb = costs.measure(scene)
         for kind, slow in (("rank-slow", slowness.rank_slow), ("link-slow", slowness.link_slow)):
             # First, because what is slow is told by what steps were like before, in the same generation.
@@ -86,14 +86,13 @@ def train_through_faults(stage: Stage, report: Report) -> int:
             say(f"[bold]{kind}[/bold]")
             report.verdicts.append(slow(scene))
             say(f"  {report.verdicts[-1].told_s:.2f} s until: {report.verdicts[-1].text}")
-            faults.settle(scene, 3 * interval)
+            faults.settle(scene, 3 * PAUSE_STEPS)
         for kind in ("rank-kill", "rank-freeze", "operator-kill", "coordinator-cut", "node-cut"):
             marks.append((time.time(), kind))
             report.faults.append(break_something(scene, kind, report))
-            faults.settle(scene, interval)
+            faults.settle(scene, PAUSE_STEPS)
         wait_until(lambda: is_true(stage.condition(NAMESPACE, job, "Complete")), 600, "Complete", every=1)
     finish(scene, report, marks)
-    return interval
 
 
 def break_something(scene: Scene, kind: str, report: Report) -> FaultRecord:
@@ -117,6 +116,8 @@ def finish(scene: Scene, report: Report, marks: list[tuple[float, str]]) -> None
     report.steps, report.loss_first, report.loss_last = steps[-1].step, steps[0].loss, steps[-1].loss
     report.val_nats_per_byte = samples.validation(scene.follower.lines)
     report.saves_ms = samples.save_times(scene.follower.lines)
+    report.saves = len([*samples.events(scene.follower.lines, "saved")])
+    report.lost_to_saves_percent = samples.lost_to_saves(scene.follower.lines, steps)
     report.fork_to_collective_s = samples.fork_to_collective(scene.follower.lines)
     report.goodput = samples.goodput(steps)
     report.verdicts_without_fault = slowness.without_fault(scene, marks)

@@ -31,6 +31,7 @@ class Step:
     step: int
     loss: float
     tokens_per_s: float
+    time_ms: float
     generation: str
     world: int
 
@@ -156,7 +157,13 @@ def parse_step(at: float, text: str) -> Step | None:
     if "step" not in record or "loss" not in record:
         return None
     return Step(
-        at, record["step"], record["loss"], record["tokens_per_s"], str(record["generation"]), record["world"]
+        at,
+        record["step"],
+        record["loss"],
+        record["tokens_per_s"],
+        record["time_ms"],
+        str(record["generation"]),
+        record["world"],
     )
 
 

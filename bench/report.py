@@ -58,6 +58,8 @@ class Report:
     rss_mb: dict[str, float] = field(default_factory=dict)
     saves_ms: dict[str, float] = field(default_factory=dict)
     """Medians over the saves of rank 0."""
+    saves: int = 0
+    lost_to_saves_percent: float | None = None
     faults: list[FaultRecord] = field(default_factory=list)
     verdicts: list[VerdictRecord] = field(default_factory=list)
     verdicts_without_fault: list[str] = field(default_factory=list)
@@ -86,10 +88,12 @@ class Promise:
 # A single run may take twice the median that `bench/recovery.py` holds it to.
 SINGLE_RUN = 2.0
 VERDICT_S = 5.0
+LOST_STEPS = 10
+"""Where saves follow each other: two on their way, and the steps in which the ranks were not ready for the next."""
 STEPPING_AGAIN_S = {"rank-kill": 1.5, "rank-freeze": 4.0, "node-cut": 6.0}
 
 
-def promises(report: Report, interval: int) -> list[Promise]:
+def promises(report: Report) -> list[Promise]:
     """Every promise that the demo can check, with what this run showed."""
     found = []
     for fault in report.faults:
@@ -98,7 +102,7 @@ def promises(report: Report, interval: int) -> list[Promise]:
             found.append(
                 Promise(f"{fault.kind}: stepping again", fault.stepping_again_s, bound * SINGLE_RUN, "s")
             )
-        allowed = 0 if fault.kind in ("operator-kill", "coordinator-cut") else interval + 1
+        allowed = 0 if fault.kind in ("operator-kill", "coordinator-cut") else LOST_STEPS
         found.append(Promise(f"{fault.kind}: steps lost", fault.lost_steps, allowed, "steps"))
     kill = next((f.stepping_again_s for f in report.faults if f.kind == "rank-kill"), None)
     if report.torchrun_rank_kill_s is not None:
@@ -113,6 +117,7 @@ def promises(report: Report, interval: int) -> list[Promise]:
         Promise("validation loss", report.val_nats_per_byte or None, 2.5, "nats/byte"),
         Promise("coordinator back, agents registered", report.coordinator_registered_s, 10 * SINGLE_RUN, "s"),
         Promise("fork to first collective", report.fork_to_collective_s, 0.15 * SINGLE_RUN, "s"),
+        Promise("lost to saves", report.lost_to_saves_percent, 0.5 * SINGLE_RUN, "% of the time"),
         Promise("idle cost", report.idle_core_percent, 3 * SINGLE_RUN, "% of a core"),
     ]
     found += [

@@ -89,3 +89,9 @@ def save_times(lines: Iterable[Line]) -> dict[str, float]:
     """Medians over rank 0's saves: the call, what optimizers waited, until staged, and until durable; none without a save."""
     found = [record for _, record in events(lines, "saved")]
     return {key: round(statistics.median(r[key] for r in found), 3) for key in SAVE_TIMES} if found else {}
+
+
+def lost_to_saves(lines: Iterable[Line], steps: Sequence[Step]) -> float | None:
+    """Percent of the time of rank 0's steps that the calls took and its optimizer waited; None without a save."""
+    lost_ms = [record["call_ms"] + record["wait_ms"] for _, record in events(lines, "saved")]
+    return 100 * sum(lost_ms) / sum(step.time_ms for step in steps) if lost_ms else None

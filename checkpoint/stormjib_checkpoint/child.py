@@ -5,9 +5,11 @@
                                                            -> {"id":2,"resume":{...}|null,"notes":[...]}
     {"id":3,"do":"commit","generation":"1.4","world":4,"step":120,"keep_last":3}
                                                            -> {"id":3,"committed":{...},"deleted":[...]}
+    {"id":4,"do":"adopt","memory":"/dev/shm/..."}          -> {"id":4,"adopted":[[step,rank],...],"notes":[...]}
 
 Every request gets one answer, `{"id":...,"error":"...","kind":"Superseded"}` where it fails. A commit waits for the
-ranks without holding up anything else, so answers may change places. Ends when its input ends. Standard library only.
+ranks without holding up anything else, so answers may change places. Ends when its input ends. Standard library only, but for a store's
+client, and for `adopt`: that compares hashes, with what the ranks have hashed with.
 """
 
 from __future__ import annotations
@@ -19,22 +21,24 @@ import selectors
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from stormjib_checkpoint.commit import POLL_S, WAIT_S, Pending, commit_step
 from stormjib_checkpoint.errors import BadKey, CheckpointError, FormatError, StorageError
 from stormjib_checkpoint.history import highest
-from stormjib_checkpoint.keys import from_environment
 from stormjib_checkpoint.layout import GenerationId  # noqa: TC001 - records are built from their annotations
+from stormjib_checkpoint.node_memory import staged
 from stormjib_checkpoint.opening import open_generation
 from stormjib_checkpoint.records import Json, build, parse, plain
 from stormjib_checkpoint.retention import retain
-from stormjib_checkpoint.storage import Local, Storage
+from stormjib_checkpoint.stores.urls import open_storage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from stormjib_checkpoint.format import ResumePoint
+    from stormjib_checkpoint.storage import Storage
 
 MAX_REQUEST = 1 << 20
 """A longer line is no request of an agent; it is answered with an error and skipped."""
@@ -64,6 +68,13 @@ class Commit:
     def __post_init__(self) -> None:
         if not 0 < self.world <= 1_000_000:
             raise ValueError(f"a world of {self.world} ranks")
+
+
+@dataclass(frozen=True)
+class Adopt:
+    """Finish what ranks of this node, all dead, had staged in its memory."""
+
+    memory: str
 
 
 class _Waiting(NamedTuple):
@@ -122,8 +133,10 @@ class Child:
             case "commit":
                 self._commit(identity, build(Commit, dict(request), "commit"))
                 return None
+            case "adopt":
+                return self._adopt(build(Adopt, dict(request), "adopt"))
             case other:
-                raise FormatError(f"request: do is {str(other)[:40]!r}; wanted scan, open or commit")
+                raise FormatError(f"request: do is {str(other)[:40]!r}; wanted scan, open, commit or adopt")
 
     def _scan(self) -> Answer:
         record = highest(self._storage)
@@ -136,6 +149,16 @@ class Child:
         for note in opening.notes:
             self._tell(note)
         return {"resume": _plain_point(opening.resume), "notes": list(opening.notes)}
+
+    def _adopt(self, request: Adopt) -> Answer:
+        if next(staged(Path(request.memory), self._storage.key), None) is None:
+            return {"adopted": [], "notes": []}
+        from stormjib_checkpoint.adopting import (
+            adopt,  # here: where ranks have staged, there is what they hash with
+        )
+
+        adopted = adopt(self._storage, Path(request.memory))
+        return {"adopted": [list(part) for part in adopted.parts], "notes": list(adopted.notes)}
 
     def _commit(self, identity: Json, request: Commit) -> None:
         pending = Pending(self._storage, request.step, str(request.generation), request.world)
@@ -223,12 +246,12 @@ def _to_log(note: str) -> None:
 
 
 def main() -> None:
-    """Entry point: the root of the job's checkpoints is the only argument."""
+    """Entry point: the root of the job's checkpoints, a folder or a URL, is the only argument."""
     if len(sys.argv) != 2:
         sys.exit("usage: python -m stormjib_checkpoint.child ROOT")
     try:
-        storage = Local(sys.argv[1], key=from_environment())
-    except BadKey as error:
+        storage = open_storage(sys.argv[1])
+    except (StorageError, BadKey) as error:
         sys.exit(str(error))
     with contextlib.suppress(BrokenPipeError):  # the agent is gone, and with it everybody who could ask
         serve(Child(storage, _to_log), sys.stdin.fileno(), sys.stdout.fileno())

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from json import dumps
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
@@ -14,22 +14,26 @@ from rich.table import Table
 
 from stormjib_checkpoint import commit, history, layout, retention, verify
 from stormjib_checkpoint.errors import CheckpointError
-from stormjib_checkpoint.keys import from_environment
 from stormjib_checkpoint.ledger import audit as read_audit
 from stormjib_checkpoint.step import CommittedStep
-from stormjib_checkpoint.storage import Local, Storage
+from stormjib_checkpoint.storage import Local
+from stormjib_checkpoint.stores.urls import open_storage
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
     from stormjib_checkpoint.format import ResumePoint
+    from stormjib_checkpoint.storage import Storage
 
 app = typer.Typer(no_args_is_help=True, help="Checkpoints of a job: list, show, verify, audit, finish, gc.")
 _out = Console(soft_wrap=True)
 T = TypeVar("T")
 
 Root = Annotated[
-    Path, typer.Argument(help="The job's folder: <storage>/<namespace>/<job>.", exists=True, file_okay=False)
+    str,
+    typer.Argument(
+        help="The job's folder, <storage>/<namespace>/<job>, or the URL of a store: s3://bucket/job."
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON instead of a table.")]
 Keep = Annotated[int, typer.Option(min=2, help="Committed steps to keep.")]
@@ -40,8 +44,8 @@ Step = Annotated[int | None, typer.Option(help="A committed step of the history;
 @app.command()
 def ls(root: Root, json: AsJson = False) -> None:
     """List every save, newest last: committed and in the history, or why it does not count."""
-    storage = _storage(root)
     with _told():
+        storage = _storage(root)
         points = {(p.step, p.generation) for p in history.committed(storage)}
         rows = [_row(storage, step, generation, points) for step, generation in history.saves(storage)]
     if json:
@@ -57,8 +61,8 @@ def ls(root: Root, json: AsJson = False) -> None:
 @app.command()
 def show(root: Root, step: Step = None, json: AsJson = False) -> None:
     """Show what a committed step holds: every tensor with type, shape and the ranks that wrote it; every scalar."""
-    storage = _storage(root)
     with _told():
+        storage = _storage(root)
         point = _point(storage, step)
         content = CommittedStep(storage, point).atoms()
     tensors: dict[str, dict[str, Any]] = {
@@ -90,8 +94,8 @@ def show(root: Root, step: Step = None, json: AsJson = False) -> None:
 @app.command(name="verify")
 def verify_step(root: Root, step: Step = None, json: AsJson = False) -> None:
     """Read every byte of a committed step and prove it. Exit code 1 and the file's name where it is damaged."""
-    storage = _storage(root)
     with _told():
+        storage = _storage(root)
         point = _point(storage, step)
         world = CommittedStep(storage, point).manifest.world
         files = _bar(verify.verify(storage, point), "reading", world)
@@ -110,8 +114,8 @@ def verify_step(root: Root, step: Step = None, json: AsJson = False) -> None:
 def finish(root: Root, json: AsJson = False) -> None:
     """Commit what the highest generation left complete and uncommitted, and say why the rest cannot be. For a job that is gone:
     its next generation does the same by itself."""
-    storage = _storage(root)
     with _told():
+        storage = _storage(root, write=True)
         newest = history.highest(storage)
         if newest is None:
             raise typer.BadParameter(f"nothing was ever saved in {root}")
@@ -129,8 +133,8 @@ def finish(root: Root, json: AsJson = False) -> None:
 @app.command()
 def gc(root: Root, keep: Keep = 2, dry_run: DryRun = False, json: AsJson = False) -> None:
     """Delete old saves as the job itself does: never the newest two, what it resumed from, or the ledger."""
-    storage = _storage(root)
     with _told():
+        storage = _storage(root, write=not dry_run)
         newest = history.highest(storage)
         if newest is None:
             raise typer.BadParameter(f"nothing was ever saved in {root}")
@@ -163,9 +167,11 @@ def audit(root: Root, json: AsJson = False) -> None:
         raise typer.Exit(1)
 
 
-def _storage(root: Path) -> Storage:
-    with _told():
-        return Local(root, key=from_environment())
+def _storage(root: str, *, write: bool = False) -> Storage:
+    storage = open_storage(root, write=write)
+    if isinstance(storage, Local) and not os.path.isdir(storage.root):
+        raise typer.BadParameter(f"{root} is no folder")
+    return storage
 
 
 def _row(

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 from stormjib_checkpoint import layout
 from stormjib_checkpoint.errors import (
-    AlreadyThere,
     FormatError,
     Incomplete,
     Inconsistent,
+    MediumFailed,
     NotThere,
     StepPassed,
 )
@@ -24,17 +24,20 @@ from stormjib_checkpoint.format import (
     Manifest,
     RankFile,
     ResumePoint,
+    TrainFile,
 )
-from stormjib_checkpoint.history import read_generation, saves
+from stormjib_checkpoint.history import committed_by, read_generation, saves
 from stormjib_checkpoint.index import index_of
 from stormjib_checkpoint.layout import GenerationId
 from stormjib_checkpoint.ledger import Samples, segment
+from stormjib_checkpoint.left import create_same
 from stormjib_checkpoint.records import decode, encode, sha256
 from stormjib_checkpoint.step import CommittedStep
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
+    from stormjib_checkpoint.format import AtomsFile
     from stormjib_checkpoint.storage import Storage
 
 WAIT_S = 60.0
@@ -46,7 +49,7 @@ def commit_step(storage: Storage, generation: str, world: int, step: int) -> Res
     """Commit a step that all ranks have left. Repeating it is harmless. Raises Incomplete, Inconsistent, StepPassed."""
     own = GenerationId.parse(generation)
     record = read_generation(storage, own)
-    done = _own_steps(storage, own)
+    done = committed_by(storage, own)
     if step in done:
         return secured(storage, ResumePoint(step, generation, sha256(_manifest(storage, step, own))))
     before = _step_before(record, done, step)
@@ -54,13 +57,13 @@ def commit_step(storage: Storage, generation: str, world: int, step: int) -> Res
     files = raw | _index(storage, ranks, layout.folder(step, own))
     ledger = segment(_samples(storage, own, ranks, before), before, step)
     if ledger is not None:
-        _create(storage, layout.ledger_file(own, ledger[0].first, ledger[0].last), ledger[1])
+        create_same(storage, layout.ledger_file(own, ledger[0].first, ledger[0].last), ledger[1])
     data = {layout.rank_data(r.rank): r.data.bytes for r in ranks}
     manifest = encode(
         Manifest(step, own, record.job_uid, world, files, data, ledger[0] if ledger is not None else None),
         storage.key,
     )
-    _create(storage, layout.manifest(step, own), manifest)
+    create_same(storage, layout.manifest(step, own), manifest)
     return ResumePoint(step, generation, sha256(manifest))
 
 
@@ -84,7 +87,7 @@ def secured(storage: Storage, point: ResumePoint) -> ResumePoint:
     """
     CommittedStep(storage, point).check()
     owner = GenerationId.parse(point.generation)
-    _create(storage, layout.manifest(point.step, owner), _manifest(storage, point.step, owner))
+    create_same(storage, layout.manifest(point.step, owner), _manifest(storage, point.step, owner))
     return point
 
 
@@ -126,23 +129,15 @@ def finish(
     """Commit the steps that a generation left complete but uncommitted, oldest first. Returns why some could not be. `along` gets the
     steps and gives them back one by one: for a progress bar."""
     record = read_generation(storage, generation)
-    done = _own_steps(storage, generation)
+    done = committed_by(storage, generation)
     above = max([record.resume.step if record.resume is not None else -1, *done])
     given_up: list[str] = []
     for step in along([s for s, g in saves(storage) if g == generation and s > above]):
         try:
             commit_step(storage, str(generation), _world(storage, step, generation), step)
-        except (Incomplete, Inconsistent, StepPassed) as error:
+        except (Incomplete, Inconsistent, StepPassed, MediumFailed) as error:
             given_up.append(str(error))
     return given_up
-
-
-def _own_steps(storage: Storage, generation: GenerationId) -> set[int]:
-    return {
-        step
-        for step, owner in saves(storage)
-        if owner == generation and layout.MANIFEST in storage.names(layout.folder(step, owner))
-    }
 
 
 def _step_before(record: GenerationFile, done: Iterable[int], step: int) -> int:
@@ -196,13 +191,25 @@ def _index(storage: Storage, ranks: Sequence[RankFile], place: str) -> dict[str,
     index = index_of(ranks, place)
     for record in ranks:
         _check_data(storage, f"{place}/{layout.rank_data(record.rank)}", record.data.bytes)
+    train = _train(storage, index, place)
     atoms = encode(index, storage.key)
-    _create(storage, f"{place}/{layout.ATOMS}", atoms)
+    create_same(storage, f"{place}/{layout.ATOMS}", atoms)
+    return {layout.ATOMS: sha256(atoms), layout.TRAIN: sha256(train)}
+
+
+def _train(storage: Storage, index: AtomsFile, place: str) -> bytes:
+    """`train.json`, which must be one that this step can be loaded with."""
+    path = f"{place}/{layout.TRAIN}"
     try:
-        train = storage.read(f"{place}/{layout.TRAIN}", MAX_SMALL_FILE)
+        data = storage.read(path, MAX_SMALL_FILE)
+        record = decode(TrainFile, data, path, storage.key)
     except NotThere as error:
         raise Incomplete(place, [layout.TRAIN]) from error
-    return {layout.ATOMS: sha256(atoms), layout.TRAIN: sha256(train)}
+    except FormatError as error:
+        raise Inconsistent(str(error)) from error
+    if (record.step, record.generation) != (index.step, index.generation):
+        raise Inconsistent(f"{path} is of step {record.step} of {record.generation}")
+    return data
 
 
 def _check_data(storage: Storage, path: str, size: int) -> None:
@@ -232,9 +239,11 @@ def _merged_samples(
         path = f"{layout.folder(step, generation)}/{layout.rank_json(record.rank)}"
         try:
             data = storage.read(path, MAX_SMALL_FILE)
-        except NotThere:
-            continue
-        merged |= _rank_record(storage, data, path, (step, generation, record.rank, record.world)).samples
+            told = _rank_record(storage, data, path, (step, generation, record.rank, record.world))
+        except (NotThere, MediumFailed, Inconsistent):
+            continue  # the audit finds the gap; for its sake no later step shall stay uncommitted
+        if told.attempt == record.attempt:  # what ranks fed before they were restarted, they have fed again
+            merged |= told.samples
     return merged | record.samples
 
 
@@ -249,16 +258,3 @@ def _world(storage: Storage, step: int, generation: GenerationId) -> int:
             except FormatError as error:
                 raise Inconsistent(f"{place}/{error}") from error
     raise Incomplete(place, [layout.rank_json(0)])
-
-
-def _create(storage: Storage, path: str, data: bytes) -> None:
-    """Create, or find the same bytes there: another committer, or ourselves before a crash."""
-    if len(data) > MAX_SMALL_FILE:
-        raise Inconsistent(
-            f"{path} would have {len(data)} bytes, and {MAX_SMALL_FILE} are read; save from fewer ranks"
-        )
-    try:
-        storage.create(path, [data])
-    except AlreadyThere as error:
-        if storage.read(path, MAX_SMALL_FILE) != data:
-            raise Inconsistent(f"{path} is there with other content; it is left as it is") from error

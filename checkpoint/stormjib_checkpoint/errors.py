@@ -5,6 +5,7 @@ CheckpointError
 │   ├── StorageFull         no space, no quota
 │   ├── StorageReadOnly     mounted read-only
 │   ├── StorageDenied       permissions
+│   ├── MediumFailed        the device or the file system failed itself: what lies there may be lost
 │   ├── NotThere            the file does not exist
 │   └── AlreadyThere        create-only: the name is taken
 ├── FormatError             a file is not what FORMAT.md says
@@ -61,6 +62,10 @@ class StorageReadOnly(StorageError):
 
 class StorageDenied(StorageError):
     """The process may not do this there."""
+
+
+class MediumFailed(StorageError):
+    """The device, or the file system on it, failed itself: what lies there may be lost."""
 
 
 class NotThere(StorageError):

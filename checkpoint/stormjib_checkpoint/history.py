@@ -15,6 +15,7 @@ from stormjib_checkpoint.errors import (
     DamagedCheckpoint,
     FormatError,
     GenerationExists,
+    MediumFailed,
     NotThere,
     Superseded,
     UnknownGeneration,
@@ -125,11 +126,14 @@ def committed(storage: Storage, head: GenerationId | None = None) -> list[Resume
 
 
 def manifest_point(storage: Storage, step: int, generation: GenerationId) -> ResumePoint | None:
-    """The resume point of one generation's save of one step; None where it is not committed."""
+    """The resume point of one generation's save of one step; None where it is not committed. Where its manifest cannot be read it has
+    no digest, and whoever tries to prove it finds the damage."""
     try:
         data = storage.read(layout.manifest(step, generation), MAX_SMALL_FILE)
     except NotThere:
         return None
+    except MediumFailed:
+        return ResumePoint(step, str(generation), "")
     return ResumePoint(step, str(generation), sha256(data))
 
 
@@ -164,3 +168,12 @@ def refuse_superseded(storage: Storage, generation: GenerationId) -> None:
 def usable(points: Collection[ResumePoint], refused: Collection[str]) -> list[ResumePoint]:
     """The points that nobody has refused to load, order kept."""
     return [point for point in points if point.digest not in refused]
+
+
+def committed_by(storage: Storage, generation: GenerationId) -> set[int]:
+    """The steps that one generation has committed itself and that are not deleted."""
+    return {
+        step
+        for step, owner in saves(storage)
+        if owner == generation and layout.MANIFEST in storage.names(layout.folder(step, owner))
+    }

@@ -9,6 +9,7 @@ from stormjib_checkpoint.doubts import doubt_of, trusted
 from stormjib_checkpoint.errors import (
     DamagedCheckpoint,
     FormatError,
+    MediumFailed,
     MissingCheckpoint,
     NoUsableCheckpoint,
 )
@@ -87,7 +88,7 @@ def _doubt(storage: Storage, parent: GenerationId, notes: list[str]) -> DoubtFil
     """What the parent has said against itself. One that cannot be read doubts nothing, and is told."""
     try:
         doubt = doubt_of(storage, parent)
-    except FormatError as error:
+    except (FormatError, MediumFailed) as error:
         notes.append(f"passed over: {error}")
         return None
     if doubt is not None:

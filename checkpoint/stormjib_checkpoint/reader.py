@@ -5,6 +5,7 @@ All refusals that the index can show (missing or extra names, shapes, types) com
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from collections.abc import Callable
 from itertools import groupby
@@ -19,12 +20,13 @@ from stormjib_checkpoint.format import ITEM_BYTES, Atom, DataFile
 from stormjib_checkpoint.objects import from_json
 from stormjib_checkpoint.overlap import clash, put, shared
 from stormjib_checkpoint.pieces import piece_digest
-from stormjib_checkpoint.step import CommittedStep
+from stormjib_checkpoint.step import CommittedStep, unreadable_is_damaged
 from stormjib_checkpoint.tensors import ABSENT, Held, Value, empty, held, is_direct, memory
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
 
+    from stormjib_checkpoint.node_memory import Near
     from stormjib_checkpoint.records import Json
     from stormjib_checkpoint.storage import Opened, Storage
 
@@ -41,14 +43,15 @@ def load(
     state: MutableMapping[str, Value],
     *,
     rename: Rename | None = None,
+    near: Near | None = None,
 ) -> dict[str, Json]:
     """Fill `state` from the step `resume` (step, generation, digest of its manifest); returns what `train` was.
 
-    Tensors and DTensors are filled in place, whatever world size saved them; other values are replaced in the mapping.
-    Names must be the same on both sides, after `rename`: `lambda name: name.replace(".encoder.", ".enc.")`.
+    Tensors and DTensors are filled in place, whatever world size saved them; other values are replaced in the mapping. What `near` has
+    is read from there first. Names must be the same on both sides, after `rename`: `lambda name: name.replace(".encoder.", ".enc.")`.
     Raises MissingCheckpoint, DamagedCheckpoint, StateMismatch, StorageError.
     """
-    checkpoint = Checkpoint(storage, resume, rename)
+    checkpoint = Checkpoint(storage, resume, rename, near)
     checkpoint.fill(state)
     return checkpoint.train
 
@@ -56,9 +59,15 @@ def load(
 class Checkpoint:
     """A committed step whose small files are proved; `fill` reads tensors from it."""
 
-    def __init__(self, storage: Storage, resume: tuple[int, str, str], rename: Rename | None = None) -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        resume: tuple[int, str, str],
+        rename: Rename | None = None,
+        near: Near | None = None,
+    ) -> None:
         """Raises MissingCheckpoint, DamagedCheckpoint, StateMismatch (two names become one), StorageError."""
-        self._storage = storage
+        self._storage, self._near = storage, near
         self._step = CommittedStep(storage, resume)
         index = self._step.atoms()
         ties = {name: index.atoms[first] for name, first in index.ties.items()}
@@ -120,9 +129,13 @@ class Checkpoint:
         for rank, of_rank in groupby(copies, key=attrgetter("rank")):
             self._read_rank(rank, list(of_rank))
 
+    @unreadable_is_damaged()
     def _read_rank(self, rank: int, copies: list[_Copy]) -> None:
         path = self._step.data_path(rank)
         data = self._step.rank(rank).data
+        if self._near is not None:
+            with contextlib.suppress(NotThere, DamagedCheckpoint), self._near.open(path) as file:
+                return self._read_pieces(file, rank, data, copies)
         try:
             with self._storage.open(path) as file:
                 if file.size != data.bytes:
@@ -133,17 +146,29 @@ class Checkpoint:
 
     def _read_pieces(self, file: Opened, rank: int, data: DataFile, copies: list[_Copy]) -> None:
         buffer = memoryview(bytearray(min(data.piece_bytes, data.bytes)))
+        for index in range(self._header_bytes(rank) // data.piece_bytes):
+            # Nobody reads tensors from these, so nobody else proves them.
+            self._proved(file, rank, data, index, buffer)
         ordered = sorted(_cut(copies, data.piece_bytes), key=itemgetter(0))  # two may want the same bytes
         for index, cuts in groupby(ordered, key=itemgetter(0)):
             start = index * data.piece_bytes
-            piece = buffer[: min(data.piece_bytes, data.bytes - start)]
-            if file.read_into(start, piece) != len(piece) or piece_digest(piece) != data.pieces[index]:
-                raise DamagedCheckpoint(
-                    f"{self._step.data_path(rank)}: bytes {start} to {start + len(piece)} are not those that were written; "
-                    f"they hold {self._names(rank, start, start + len(piece))}"
-                )
+            piece = self._proved(file, rank, data, index, buffer)
             for _, copy in cuts:
                 copy.target[copy.into : copy.into + copy.length] = piece[copy.start - start :][: copy.length]
+
+    def _proved(self, file: Opened, rank: int, data: DataFile, index: int, buffer: memoryview) -> memoryview:
+        """A piece, read into `buffer`."""
+        start = index * data.piece_bytes
+        piece = buffer[: min(data.piece_bytes, data.bytes - start)]
+        if file.read_into(start, piece) != len(piece) or piece_digest(piece) != data.pieces[index]:
+            raise DamagedCheckpoint(
+                f"{self._step.data_path(rank)}: bytes {start} to {start + len(piece)} are not those that were written; "
+                f"they hold {self._names(rank, start, start + len(piece))}"
+            )
+        return piece
+
+    def _header_bytes(self, rank: int) -> int:
+        return min(box.start for atom in self.atoms.values() for box in atom.boxes if box.rank == rank)
 
     def _names(self, rank: int, start: int, end: int) -> str:
         found = sorted(

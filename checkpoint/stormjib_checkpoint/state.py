@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from stormjib_checkpoint.format import Atom
+    from stormjib_checkpoint.node_memory import Near
     from stormjib_checkpoint.reader import Rename
     from stormjib_checkpoint.records import Json
     from stormjib_checkpoint.storage import Storage
@@ -48,13 +49,14 @@ def restore(
     optimizer: Optimizer,
     *,
     rename: Rename | None = None,
+    near: Near | None = None,
 ) -> dict[str, Json]:
     """Load a step into a model and an optimizer, also one that has never stepped; returns what `train` was.
 
     `rename` is as in `reader.load`, and sees the names of `collect`. State that the checkpoint lacks is taken away.
     Raises MissingCheckpoint, DamagedCheckpoint, StateMismatch, StorageError.
     """
-    checkpoint = Checkpoint(storage, resume, rename)
+    checkpoint = Checkpoint(storage, resume, rename, near)
     names = _parameter_names(model, optimizer)
     tensors, scalars = _by_owner(checkpoint.atoms), _by_owner(checkpoint.scalars)
     shaped = {}

@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, TypeVar
 
 from stormjib_checkpoint import layout
-from stormjib_checkpoint.errors import DamagedCheckpoint, FormatError, MissingCheckpoint, NotThere
+from stormjib_checkpoint.errors import (
+    DamagedCheckpoint,
+    FormatError,
+    MediumFailed,
+    MissingCheckpoint,
+    NotThere,
+)
 from stormjib_checkpoint.format import MAX_SMALL_FILE, AtomsFile, Manifest, RankFile, TrainFile
 from stormjib_checkpoint.layout import GenerationId
 from stormjib_checkpoint.records import decode, sha256
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from stormjib_checkpoint.storage import Storage
 
 T = TypeVar("T", AtomsFile, RankFile, TrainFile)
+
+
+@contextlib.contextmanager
+def unreadable_is_damaged() -> Iterator[None]:
+    """What the medium does not give back is damage of one step: there is another one to take."""
+    try:
+        yield
+    except MediumFailed as error:
+        raise DamagedCheckpoint(str(error)) from error
 
 
 class CommittedStep:
@@ -49,6 +67,7 @@ class CommittedStep:
             return error
         return DamagedCheckpoint(f"{path} is missing although the step is committed")
 
+    @unreadable_is_damaged()
     def check(self) -> None:
         """Prove all that can be proved without reading tensors: digests of small files, sizes of data files."""
         for name in self.manifest.files:
@@ -63,6 +82,7 @@ class CommittedStep:
             if found != size:
                 raise DamagedCheckpoint(f"{path} has {found} bytes; {size} were written")
 
+    @unreadable_is_damaged()
     def _read_manifest(self) -> Manifest:
         step, generation, digest = self._resume[0], GenerationId.parse(self._resume[1]), self._resume[2]
         path = layout.manifest(step, generation)
@@ -84,6 +104,7 @@ class CommittedStep:
             raise DamagedCheckpoint(f"{path} is that of step {manifest.step} of {manifest.generation}")
         return manifest
 
+    @unreadable_is_damaged()
     def _read(self, name: str) -> bytes:
         path = f"{self.folder}/{name}"
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from stormjib_checkpoint.errors import NotThere
+from stormjib_checkpoint.errors import MediumFailed, NotThere
 from stormjib_checkpoint.pieces import piece_digest
 from stormjib_checkpoint.step import CommittedStep
 
@@ -23,10 +23,11 @@ def verify(storage: Storage, resume: tuple[int, str, str]) -> Iterator[tuple[str
     step = CommittedStep(storage, resume)
     step.check()
     for rank in range(step.manifest.world):
-        yield step.data_path(rank), _flaw(storage, step.data_path(rank), step.rank(rank).data)
+        yield step.data_path(rank), flaw(storage, step.data_path(rank), step.rank(rank).data)
 
 
-def _flaw(storage: Storage, path: str, data: DataFile) -> str | None:
+def flaw(storage: Storage, path: str, data: DataFile) -> str | None:
+    """What is wrong with one data file; None where every piece is as it was written."""
     buffer = memoryview(bytearray(min(data.piece_bytes, data.bytes)))
     try:
         with storage.open(path) as file:
@@ -35,6 +36,6 @@ def _flaw(storage: Storage, path: str, data: DataFile) -> str | None:
                 piece = buffer[: min(data.piece_bytes, data.bytes - start)]
                 if file.read_into(start, piece) != len(piece) or piece_digest(piece) != digest:
                     return f"bytes {start} to {start + len(piece)} are not those that were written"
-    except NotThere as error:
+    except (NotThere, MediumFailed) as error:
         return str(error)
     return None

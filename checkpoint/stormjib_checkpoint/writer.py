@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from stormjib_checkpoint import layout
 from stormjib_checkpoint.errors import AlreadySaved, AlreadyThere, FormatError, UnsupportedState
 from stormjib_checkpoint.format import MAX_SMALL_FILE, RankFile, TrainFile
+from stormjib_checkpoint.left import Records
 from stormjib_checkpoint.objects import to_json
 from stormjib_checkpoint.records import MAX_INTEGER, check_text, encode, shown
 from stormjib_checkpoint.tensors import ABSENT, Held, Value, held
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from stormjib_checkpoint.image import Image
     from stormjib_checkpoint.layout import GenerationId
     from stormjib_checkpoint.records import Json
-    from stormjib_checkpoint.storage import Storage
 
 RESERVED = "__"
 
@@ -63,30 +62,26 @@ def record_of(
         raise UnsupportedState(f"state: {error}") from error
 
 
-def leave_record(
-    storage: Storage,
+def records_of(
     who: Part,
     data: DataFile,
     file: Image,
     scalars: Mapping[str, Json],
     train: Mapping[str, Json],
     ids: dict[int, tuple[int, ...]],
-) -> None:
-    """Say what lies in a data file that is durable: with this the rank's part of the step is there, and committed once all are.
-
-    `train` counts on rank 0. `ids` are those that this rank fed to the model, by step, since its last save.
-    Raises SaveError and StorageError; nothing that was there is changed.
-    """
-    place = layout.folder(who.step, who.generation)
-    record = encode(record_of(who, data, file, scalars, ids), storage.key)
+    key: bytes | None,
+) -> Records:
+    """What `who` says of its data file, signed where there is a key. `train` counts on rank 0. `ids` are those that this rank fed to the
+    model, by step, since its last save. Raises UnsupportedState, which names the key."""
+    record = encode(record_of(who, data, file, scalars, ids), key)
     if len(record) > MAX_SMALL_FILE:
         raise UnsupportedState(
             f"the record of rank {who.rank} would have {len(record)} bytes, and {MAX_SMALL_FILE} are read; save fewer tensors a rank"
         )
-    if who.rank == 0:
-        told = TrainFile(who.step, who.generation, as_json(train, "train"))
-        storage.create(f"{place}/{layout.TRAIN}", [encode(told, storage.key)])
-    storage.create(f"{place}/{layout.rank_json(who.rank)}", [record])
+    if who.rank != 0:
+        return Records(record, None)
+    told = TrainFile(who.step, who.generation, as_json(train, "train"))
+    return Records(record, encode(told, key))
 
 
 @contextlib.contextmanager

@@ -74,6 +74,9 @@ _KUBERNETES = (
     "kube-proxy",
 )
 PROJECTS = (
+    # Those two first: the tests of processes need them, long before there is a cluster.
+    Project("versitygw", {"versitygw": "github.com/versity/versitygw/cmd/versitygw"}, "-s -w"),
+    Project("toxiproxy", {"toxiproxy": "github.com/Shopify/toxiproxy/v2/cmd/server"}, "-s -w"),
     Project("etcd", {"etcd": "go.etcd.io/etcd/server/v3"}, "-s -w"),
     Project(
         "k8s",

@@ -1,4 +1,4 @@
-"""Finding the cluster's binaries: the cache, else an official download, else `go build` from pinned modules.
+"""Finding binaries (the cluster's, a store for tests): the cache, else an official download, else `go build` from pinned modules.
 
 A download without a pinned checksum is never used: what `PUBLISHED` does not list is built (`docs/decisions/` says why).
 `python -m stormjib_local.tools` fetches or builds everything, so that it can be done ahead, in the background.

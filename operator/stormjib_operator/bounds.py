@@ -47,7 +47,7 @@ def derive(
 def _checkpoint(spec: Spec) -> tuple[int, int]:
     if spec.checkpoint is None:
         return 0, 1
-    return spec.checkpoint.interval.steps, spec.checkpoint.retention.keep_last
+    return spec.checkpoint.interval.steps or 0, spec.checkpoint.retention.keep_last
 
 
 def _rule(rule: RecoveryRule) -> Rule:

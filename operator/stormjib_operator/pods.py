@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from stormjib_operator import names
 from stormjib_operator.observed import Job, Manifest, Render, Rendered
-from stormjib_runtime.wire import Env
+from stormjib_runtime.wire import INTERVAL_AUTO, Env
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -161,7 +161,9 @@ def _install(spec: Manifest, settings: Render) -> Manifest:
 def _volumes(spec: Manifest, trainer: Manifest, wanted: Spec) -> None:
     """Writable places for a read-only root file system; a path that the template mounts itself stays the template's."""
     volumes, mounts = spec.setdefault("volumes", []), trainer.setdefault("volumeMounts", [])
-    shared_memory = {"medium": "Memory", "sizeLimit": f"{wanted.launcher.processes_per_node}Gi"}
+    # What lies there counts as the container's memory anyway, and ranks stage their checkpoints in it.
+    limit = trainer.get("resources", {}).get("limits", {}).get("memory")
+    shared_memory = {"medium": "Memory", "sizeLimit": limit or f"{wanted.launcher.processes_per_node}Gi"}
     places: list[tuple[str, str, Manifest]] = [
         ("stormjib-runtime", RUNTIME_DIR, {"emptyDir": {}}),
         ("stormjib-run", RUN_DIR, {"emptyDir": {}}),
@@ -224,7 +226,7 @@ def _settings(job: Job, spec: Manifest) -> dict[str, str]:
     if checkpoint is not None:
         settings |= {
             Env.CHECKPOINT_ROOT: f"{STORAGE}/{job.namespace}/{job.name}",
-            Env.CHECKPOINT_INTERVAL: str(checkpoint.interval.steps),
+            Env.CHECKPOINT_INTERVAL: str(checkpoint.interval.steps or INTERVAL_AUTO),
             Env.CHECKPOINT_KEEP: str(checkpoint.retention.keep_last),
         }
     return settings

@@ -204,8 +204,9 @@ class Storage(Model):
 class Interval(Model):
     """How often a checkpoint is saved."""
 
-    steps: Annotated[int, Field(ge=1, le=1_000_000)] = 100
-    """A checkpoint is saved each time this many steps have been trained."""
+    steps: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    """A checkpoint is saved each time this many steps have been trained. Left out: one after the other, as long as training stands
+    still for them less than 0.5 percent of its time; else as often as keeps to that, or as often as the failures seen make worth it."""
 
 
 class Retention(Model):

@@ -19,7 +19,7 @@ Change = "Callable[[dict[str, Any]], None]"
 def endless(job: dict[str, Any]) -> None:
     """Train for longer than any test, and save often."""
     job["spec"]["launcher"]["args"] = ["--set", "train.steps=100000"]
-    job["spec"]["checkpoint"]["interval"]["steps"] = 10
+    job["spec"]["checkpoint"]["interval"] = {"steps": 10}
 
 
 def sized(replicas: int, minimum: int, spares: int, processes: int = 1) -> Callable[[dict[str, Any]], None]:

@@ -216,7 +216,7 @@ def often(change: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, Any]]
 
     def changed(job: dict[str, Any]) -> None:
         change(job)
-        job["spec"]["checkpoint"]["interval"]["steps"] = 3
+        job["spec"]["checkpoint"]["interval"] = {"steps": 3}
 
     return changed
 

@@ -87,16 +87,32 @@ class AgentProcess:
     def close(self) -> None:
         if self.process.poll() is None:
             self.kill_container()
-        job, slot = self._env[Env.JOB_UID], self._env[Env.SLOT]
-        remove_tree(
-            Path(f"/dev/shm/stormjib-{job[:8]}-{slot}")
-        )  # a killed agent leaves its pages to its next life
+        for left in (self.pages, self.memory):  # a killed agent leaves them to its next life
+            remove_tree(left)
+
+    @property
+    def pages(self) -> Path:
+        """Where its ranks and it tell each other their steps."""
+        return Path(f"/dev/shm/stormjib-{self._env[Env.JOB_UID][:8]}-{self._env[Env.SLOT]}")
+
+    @property
+    def memory(self) -> Path:
+        """Where its ranks stage what they save."""
+        return Path(f"{self.pages}-steps")
 
     def output(self) -> str:
         return self.out.read_text()
 
     def errors(self) -> str:
         return self.err.read_text()
+
+
+def comm(pid: int) -> str:
+    """The name of a process; empty where it is gone."""
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
 
 
 def alive(pid: int) -> bool:

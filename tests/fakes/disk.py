@@ -1,194 +1,228 @@
-"""A disk that forgets: what a power cut leaves of files and names that were not synced. Implements `Files`."""
+"""A disk that writes down every call, so that a test can see what a power cut would leave. Implements `Files`.
+
+A `Tree` is what lies on a disk: names in folders, and the bytes of files. Calls that change it are `Change`s; what makes them last are
+`Synced`s. `fakes.power` takes changes away again.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+import sys
+import threading
+from typing import NamedTuple
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
+ROOT = 0
+SECTOR = 512
+"""What a disk writes whole or not at all."""
 
 
-@dataclass
-class _File:
-    data: bytearray = field(default_factory=bytearray)
-    synced: bytes = b""
+class Named(NamedTuple):
+    """A name of a folder leads to another node now; None: to nothing."""
+
+    node: int
+    name: str
+    target: int | None
+
+
+class Wrote(NamedTuple):
+    """Bytes of a file."""
+
+    node: int
+    offset: int
+    data: bytes
+
+
+class Sized(NamedTuple):
+    """A file has this length now; where it was shorter, zeros are added."""
+
+    node: int
+    size: int
+
+
+class Synced(NamedTuple):
+    """What was changed before of this file, or of this folder's own names, lasts. `line` of the library asked for it."""
+
+    node: int
+    line: str
+
+
+Change = Named | Wrote | Sized
+Entry = Change | Synced
+
+
+class Tree:
+    """Folders and files by number; names lead to them. A file whose last name is gone stays, but nobody finds it."""
+
+    def __init__(self) -> None:
+        self.folders: dict[int, dict[str, int]] = {ROOT: {}}
+        self.files: dict[int, bytes] = {}
+
+    def copy(self) -> Tree:
+        twin = Tree()
+        twin.folders = {node: dict(entries) for node, entries in self.folders.items()}
+        twin.files = dict(self.files)
+        return twin
+
+    def apply(self, change: Change) -> None:
+        match change:
+            case Named(node, name, target):
+                entries = self.folders.setdefault(node, {})
+                if target is None:
+                    entries.pop(name, None)
+                else:
+                    entries[name] = target
+                    if target < ROOT:
+                        self.folders.setdefault(target, {})
+            case Wrote(node, offset, data):
+                old = self.files.get(node, b"").ljust(offset, b"\0")
+                self.files[node] = old[:offset] + data + old[offset + len(data) :]
+            case Sized(node, size):
+                self.files[node] = self.files.get(node, b"")[:size].ljust(size, b"\0")
+
+    def key(self, node: int = ROOT) -> tuple[object, ...]:
+        """Equal for trees in which the library finds the same. Names that begin with a dot it does not open: `Disk` sees to it."""
+        return tuple(
+            (name, self._key_of(name, child)) for name, child in sorted(self.folders.get(node, {}).items())
+        )
+
+    def _key_of(self, name: str, node: int) -> object:
+        if node < 0:
+            return self.key(node)
+        return "" if name.startswith(".") else self.files.get(node, b"")
 
 
 class Disk:
-    """Volatile and durable state of a small file system.
+    """A small file system whose calls are written down in `log`. Folders have numbers up to 0, files from 1 on."""
 
-    `before` is called before every operation that changes something, with its number; `fail_at`
-    lets the operation of that number fail once with `error`. `syncs_files` and `syncs_folders` off: a disk whose fsync does nothing, to show
-    that the tests would notice.
-    """
+    def __init__(self, tree: Tree | None = None, log: list[Entry] | None = None) -> None:
+        self.tree = tree if tree is not None else Tree()
+        self.log: list[Entry] = log if log is not None else []
+        self._open: dict[int, int] = {}
+        self._lock = threading.Lock()
+        self._next = 1_000 + max(self.tree.files, default=0) - min(self.tree.folders)
 
-    def __init__(self) -> None:
-        self.before: Callable[[int], None] | None = None
-        self.fail_at: int | None = None
-        self.error = errno.ENOSPC
-        self.syncs_files = True
-        self.syncs_folders = True
-        self.operations = 0
-        self._folders: dict[str, dict[str, _File | None]] = {"/": {}}  # None: a folder
-        self._durable: dict[str, dict[str, _File | None]] = {}
-        self._open: dict[int, _File] = {}
-        self._next = 3
+    def content(self, path: str) -> bytes:
+        """What a file holds."""
+        return self.tree.files[self._file(path)]
 
-    def cut(self, survives: Callable[[str], bool]) -> None:
-        """The power comes back. Of each name that was given or taken away and not synced, `survives` says whether
-        that reached the disk; data that was not synced did not."""
-        self._folders = self._reachable(survives)
-        for file in self._files():
-            file.data = bytearray(file.synced)
-        self._durable = {folder: dict(entries) for folder, entries in self._folders.items()}
-        self._open.clear()
-        self.before, self.fail_at = None, None
+    def damage(self, path: str, data: bytes) -> None:
+        """A file holds this now, and nobody has written it."""
+        self.tree.files[self._file(path)] = data
 
-    def _reachable(self, survives: Callable[[str], bool]) -> dict[str, dict[str, _File | None]]:
-        kept: dict[str, dict[str, _File | None]] = {}
-        todo = ["/"]
-        while todo:
-            folder = todo.pop()
-            kept[folder] = self._after_cut(folder, survives)
-            todo += [os.path.join(folder, name) for name, file in kept[folder].items() if file is None]
-        return kept
+    def _change(self, change: Change) -> None:
+        with self._lock:
+            self.tree.apply(change)
+            self.log.append(change)
 
-    def _after_cut(self, folder: str, survives: Callable[[str], bool]) -> dict[str, _File | None]:
-        now, synced = self._folders.get(folder, {}), self._durable.get(folder, {})
-        kept: dict[str, _File | None] = {}
-        for name in sorted(now.keys() | synced.keys()):
-            changed = (name in now) != (name in synced)
-            source = now if not changed or survives(os.path.join(folder, name)) else synced
-            if name in source:
-                kept[name] = source[name]
-        return kept
+    def _number(self) -> int:
+        with self._lock:
+            self._next += 1
+            return self._next
 
-    def copy(self) -> Disk:
-        """The disk as it is at this moment, apart from this one."""
-        twin = self.fresh()
-        files = {id(file): _File(bytearray(file.data), file.synced) for file in self._files()}
-        twin._folders = _twins(self._folders, files)
-        twin._durable = _twins(self._durable, files)
-        return twin
+    def _folder(self, path: str) -> int:
+        node = ROOT
+        for name in filter(None, path.split("/")):
+            found = self.tree.folders.get(node, {}).get(name)
+            if found is None:
+                raise FileNotFoundError(errno.ENOENT, "no such folder", path)
+            if found > ROOT:
+                raise NotADirectoryError(errno.ENOTDIR, "not a folder", path)
+            node = found
+        return node
 
-    def fresh(self) -> Disk:
-        """An empty one that behaves like this."""
-        return Disk()
+    def _entries(self, path: str) -> dict[str, int]:
+        return self.tree.folders.get(self._folder(path), {})
 
-    def _files(self) -> list[_File]:
-        tables = (*self._folders.values(), *self._durable.values())
-        return [file for entries in tables for file in entries.values() if file is not None]
-
-    def _change(self) -> None:
-        self.operations += 1
-        if self.before is not None:
-            self.before(self.operations)
-        if self.operations == self.fail_at:
-            raise OSError(self.error, os.strerror(self.error))
-
-    def _in(self, path: str) -> tuple[dict[str, _File | None], str]:
-        """The entries of the folder of `path`, and its name there."""
+    def _file(self, path: str) -> int:
         folder, name = os.path.split(path)
-        return self._entries(folder), name
-
-    def _entries(self, folder: str) -> dict[str, _File | None]:
-        if folder not in self._folders:
-            raise FileNotFoundError(errno.ENOENT, "no such folder", folder)
-        return self._folders[folder]
-
-    def _file(self, path: str) -> _File:
-        entries, name = self._in(path)
-        file = entries.get(name)
-        if file is None:
+        node = self._entries(folder).get(name, ROOT)
+        if node <= ROOT:
             raise FileNotFoundError(errno.ENOENT, "no such file", path)
-        return file
+        return node
 
-    def _add(self, path: str, file: _File | None) -> None:
-        entries, name = self._in(path)
-        if name in entries:
+    def _name(self, path: str, target: int) -> None:
+        folder, name = os.path.split(path)
+        if name in self._entries(folder):
             raise FileExistsError(errno.EEXIST, "exists", path)
-        entries[name] = file
+        self._change(Named(self._folder(folder), name, target))
 
-    def _descriptor(self, file: _File) -> int:
-        self._next += 1
-        self._open[self._next] = file
-        return self._next
+    def _unname(self, path: str) -> None:
+        folder, name = os.path.split(path)
+        self._change(Named(self._folder(folder), name, None))
+
+    def _descriptor(self, node: int) -> int:
+        descriptor = self._number()
+        self._open[descriptor] = node
+        return descriptor
+
+    def _synced(self, node: int) -> None:
+        caller = sys._getframe(2)
+        line = f"{caller.f_code.co_name}, line {caller.f_lineno - caller.f_code.co_firstlineno}"
+        self.log.append(Synced(node, line))
 
     def open_new(self, path: str) -> int:
-        self._change()
-        file = _File()
-        self._add(path, file)
-        return self._descriptor(file)
+        node = self._number()
+        self._name(path, node)
+        self._change(Sized(node, 0))
+        return self._descriptor(node)
 
     open_new_direct = open_new
 
     def open_to_read(self, path: str) -> int:
+        assert not os.path.basename(path).startswith("."), f"{path} is unfinished, and read"
         return self._descriptor(self._file(path))
 
     def write_at(self, descriptor: int, data: memoryview, offset: int) -> int:
-        self._change()
-        part = data[: max(1024, len(data) // 2)]  # short writes are the rule here
-        held = self._open[descriptor].data
-        held.extend(bytes(max(0, offset + len(part) - len(held))))
-        held[offset : offset + len(part)] = part
+        part = bytes(data[: max(1024, len(data) // 2)])  # short writes are the rule here
+        self._change(Wrote(self._open[descriptor], offset, part))
         return len(part)
 
     def reserve(self, descriptor: int, size: int) -> None:
-        self._change()
-        held = self._open[descriptor].data
-        held.extend(bytes(max(0, size - len(held))))
+        self._change(Sized(self._open[descriptor], max(size, self.size(descriptor))))
 
     def truncate(self, descriptor: int, size: int) -> None:
-        self._change()
-        del self._open[descriptor].data[size:]
+        self._change(Sized(self._open[descriptor], size))
 
     def read_into(self, descriptor: int, buffer: memoryview, offset: int) -> int:
-        found = bytes(self._open[descriptor].data[offset : offset + len(buffer)])
+        found = self.tree.files[self._open[descriptor]][offset : offset + len(buffer)]
         buffer[: len(found)] = found
         return len(found)
 
     def size(self, descriptor: int) -> int:
-        return len(self._open[descriptor].data)
+        return len(self.tree.files.get(self._open[descriptor], b""))
 
     def sync(self, descriptor: int) -> None:
-        self._change()
-        if self.syncs_files:
-            self._open[descriptor].synced = bytes(self._open[descriptor].data)
+        self._synced(self._open[descriptor])
 
     def close(self, descriptor: int) -> None:
         self._open.pop(descriptor, None)
 
     def link(self, source: str, target: str) -> None:
-        self._change()
-        self._add(target, self._file(source))
+        self._name(target, self._file(source))
 
     def same(self, one: str, other: str) -> bool:
-        entries, name = self._in(other)
-        return entries.get(name) is self._file(one)
+        return self._file(other) == self._file(one)
 
     def unlink(self, path: str) -> None:
-        self._change()
         self._file(path)
-        entries, name = self._in(path)
-        del entries[name]
+        self._unname(path)
 
     def mkdir(self, path: str) -> None:
-        self._change()
-        self._add(path, None)
-        self._folders[path] = {}
+        node = -self._number()
+        self._name(path, node)
 
     def rmdir(self, path: str) -> None:
-        self._change()
         if self._entries(path):
             raise OSError(errno.ENOTEMPTY, "not empty", path)
-        entries, name = self._in(path)
-        del entries[name], self._folders[path]
+        self._unname(path)
 
     def is_folder(self, path: str) -> bool:
-        return path in self._folders
+        try:
+            self._folder(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return True
 
     def same_volume(self, one: str, other: str) -> bool:
         return True
@@ -197,15 +231,4 @@ class Disk:
         return list(self._entries(path))
 
     def sync_folder(self, path: str) -> None:
-        self._change()
-        if self.syncs_folders:
-            self._durable[path] = dict(self._entries(path))
-
-
-def _twins(
-    folders: dict[str, dict[str, _File | None]], files: dict[int, _File]
-) -> dict[str, dict[str, _File | None]]:
-    return {
-        folder: {name: None if file is None else files[id(file)] for name, file in entries.items()}
-        for folder, entries in folders.items()
-    }
+        self._synced(self._folder(path))

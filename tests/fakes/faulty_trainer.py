@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
+from stormjib_checkpoint.files import Posix
 from stormjib_trainer import __main__ as program
 from stormjib_trainer import loop
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from stormjib_health.integrity.judge import Act
     from stormjib_trainer.step import Agreed
 
+DISK_S = 0.05
 SIGN, TOP, MIDDLE, THIRD, LOW = 31, 30, 16, 2, 0
 """Bits of a float32: its sign, the highest of its exponent, and of its mantissa one in the middle, the lowest but two and the
 lowest. (The lowest of a gradient is mostly rounded away before it reaches the state, and that of a moment where the step takes it
@@ -35,7 +38,8 @@ class Fault:
     step: int
     where: str
     """`weight`, `exp_avg`, `exp_avg_sq`: in the state, before the step; `own`: in the gradient of an activation, so in
-    this rank's own gradient; `mixed`: in the gradient after mixing; `nan`: as `own`, not a flip; `data`: the samples."""
+    this rank's own gradient; `mixed`: in the gradient after mixing; `nan`: as `own`, not a flip; `data`: the samples;
+    `disk`: in no step, but its disk takes DISK_S for each sync."""
     bit: int = LOW
     place: float = 0.5
     """Which element, as a share of them."""
@@ -114,6 +118,20 @@ class Faulty(loop.Run):
         self.optimizer.gradients = gradients  # type: ignore[method-assign]
 
 
+def slow_disk(rank: int) -> None:
+    """From now on, if this is the rank."""
+    if os.environ["RANK"] != str(rank):
+        return
+    print(json.dumps({"fault": "disk"}), flush=True)
+    sync = Posix.sync
+
+    def late(self: Posix, descriptor: int) -> None:
+        time.sleep(DISK_S)  # as a disk takes it: this is the fault, and nothing waits for it to be over
+        sync(self, descriptor)
+
+    Posix.sync = late  # type: ignore[method-assign]
+
+
 def largest(tensors: list[torch.Tensor]) -> torch.Tensor:
     """The one with the most elements."""
     return max(tensors, key=torch.Tensor.numel)
@@ -123,6 +141,8 @@ def main() -> None:
     """Run one rank."""
     given = os.environ.get("FAULT")
     Faulty.fault = Fault(**json.loads(given)) if given else None
+    if Faulty.fault is not None and Faulty.fault.where == "disk":
+        slow_disk(Faulty.fault.rank)
     loop.Run = Faulty  # type: ignore[misc]
     sys.exit(program.main())
 

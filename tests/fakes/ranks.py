@@ -12,6 +12,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import traceback
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
 
@@ -170,6 +171,8 @@ def _become(module: str, request: dict[str, Any], rank: int, port: int) -> None:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1
+    except BaseException:  # noqa: BLE001  the rank ends here, and shall say why
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

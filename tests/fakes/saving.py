@@ -9,11 +9,12 @@ from stormjib_checkpoint import layout
 from stormjib_checkpoint.commit import commit_step
 from stormjib_checkpoint.engine.arena import Arena
 from stormjib_checkpoint.engine.flush import Handover, flush
-from stormjib_checkpoint.engine.staging import stage
+from stormjib_checkpoint.engine.staging import Copying
 from stormjib_checkpoint.image import image_of
 from stormjib_checkpoint.layout import GenerationId
+from stormjib_checkpoint.left import leave
 from stormjib_checkpoint.opening import open_next
-from stormjib_checkpoint.writer import Part, checked_ids, leave_record, split, told_as_saved
+from stormjib_checkpoint.writer import Part, checked_ids, records_of, split, told_as_saved
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -74,9 +75,10 @@ def save_parts(
     ids = checked_ids(samples)
     file = image_of(parts, who.rank, ties)
     arena, handover = Arena(file.size), Handover()
-    stage(file, [part.local for part in file.parts], arena, handover.put)
+    data = Copying(file, [part.local for part in file.parts], arena, handover.put).finish()
     handover.end()
     path = f"{layout.folder(who.step, who.generation)}/{layout.rank_data(who.rank)}"
     with told_as_saved(who):
-        data = flush(storage, path, file.size, arena, handover, writers=1)
-        leave_record(storage, who, data, file, scalars, train, ids)
+        flush(storage, path, file.size, arena, handover, writers=1)
+        records = records_of(who, data, file, scalars, train, ids, storage.key)
+        leave(storage, who.step, who.generation, who.rank, records)

@@ -11,15 +11,22 @@ import pytest_asyncio
 import torch
 
 from fakes.agents import SCRIPTS
+from fakes.gateway import environment, gateway
 from fakes.warm import Warm
-from stormjib_checkpoint.history import committed
+from stormjib_checkpoint.adopting import adopt
+from stormjib_checkpoint.history import committed, highest
+from stormjib_checkpoint.node_memory import staged
+from stormjib_checkpoint.opening import open_next
 from stormjib_checkpoint.reader import load
 from stormjib_checkpoint.storage import Local
+from stormjib_checkpoint.stores.urls import open_storage
 from stormjib_checkpoint.verify import verify
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
+
+    from stormjib_checkpoint.storage import Storage
 
 pytestmark = pytest.mark.timeout(120)
 SCRIPT = str(SCRIPTS / "saving.py")
@@ -32,8 +39,7 @@ async def warm(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Warm]:
         yield one
 
 
-def newest_is_whole(root: Path) -> int:
-    storage = Local(root)
+def newest_is_whole(storage: Storage) -> int:
     point = committed(storage)[0]
     assert [flaw for _, flaw in verify(storage, point)] == [None]
     state = {"table": torch.zeros(3_000_000)}
@@ -46,21 +52,62 @@ def newest_is_whole(root: Path) -> int:
 async def test_a_save_that_was_begun_is_finished_when_the_script_ends(warm: Warm, tmp_path: Path) -> None:
     done = await warm.fork(SCRIPT, str(tmp_path), "3")
     assert (done.exit, done.err) == (0, "")
-    assert newest_is_whole(tmp_path) == 3
+    assert newest_is_whole(Local(tmp_path)) == 3
     done = await warm.python(SCRIPT, str(tmp_path), "2")
     assert (done.exit, done.err) == (0, "")
-    assert newest_is_whole(tmp_path) == 5
+    assert newest_is_whole(Local(tmp_path)) == 5
 
 
 @pytest.mark.asyncio(loop_scope="module")
 async def test_killed_at_any_moment_it_goes_on_from_a_whole_step(warm: Warm, tmp_path: Path) -> None:
+    await killed_and_again(warm, str(tmp_path), Local(tmp_path), (0.05, 0.6))
+
+
+@pytest.mark.timeout(900)  # with nothing cached the server is built first
+@pytest.mark.asyncio(loop_scope="module")
+async def test_killed_at_any_moment_of_an_upload_too(
+    warm: Warm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with gateway(tmp_path) as server:
+        url, env = f"s3://{server.bucket()}/job", environment(server.address)
+        for name, value in env.items():
+            monkeypatch.setenv(name, value)
+        await killed_and_again(warm, url, open_storage(url), (0.3, 1.2), **env)
+
+
+async def killed_and_again(
+    warm: Warm, root: str, storage: Storage, within_s: tuple[float, float], **env: str
+) -> None:
     chance = random.Random(7)
     reached = 0
     for _ in range(KILLS):
-        done = await warm.fork(SCRIPT, str(tmp_path), "1000000", str(chance.uniform(0.05, 0.6)))
+        done = await warm.fork(SCRIPT, root, "1000000", str(chance.uniform(*within_s)), **env)
         assert done.exit == -signal.SIGALRM, done.err
-        if committed(Local(tmp_path)):
-            found = newest_is_whole(tmp_path)
+        if committed(storage):
+            found = newest_is_whole(storage)
             assert found >= reached
             reached = found
     assert reached > 5
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_killed_at_any_moment_it_goes_on_from_the_newest_step_that_was_staged(
+    warm: Warm, tmp_path: Path
+) -> None:
+    """What the rank has staged and not yet written is finished from the node's memory by who survives it."""
+    root, memory = tmp_path / "job", tmp_path / "memory"
+    chance, ahead = random.Random(11), 0
+    for _ in range(KILLS):
+        seconds = str(chance.uniform(0.05, 0.6))
+        done = await warm.fork(SCRIPT, str(root), "1000000", seconds, str(memory))
+        assert done.exit == -signal.SIGALRM, done.err
+        in_memory = max((one.record.step for one in staged(memory)), default=0)
+        written = max((point.step for point in committed(Local(root))), default=0) if root.exists() else 0
+        ahead += in_memory > written
+        adopted = adopt(Local(root), memory)
+        assert adopted.notes == ()
+        if highest(Local(root)) is not None:
+            open_next(Local(root))  # as the next run does: it commits what is complete
+        if in_memory:
+            assert newest_is_whole(Local(root)) == max(in_memory, written)
+    assert ahead > 3, "most kills shall come between staging and the disk, or this shows nothing"

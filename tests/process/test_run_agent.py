@@ -8,12 +8,11 @@ import os
 import re
 import signal
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-from fakes.agents import SCRIPTS, AgentProcess, alive, cpu_seconds, rss_mb, until
+from fakes.agents import SCRIPTS, AgentProcess, alive, comm, cpu_seconds, rss_mb, until
 from fakes.scripted import TOKEN, ScriptedCoordinator, new_order
 from stormjib_health.sampler.proc import descendants
 from stormjib_runtime.processes import remove_files, shared_memory_files
@@ -21,6 +20,7 @@ from stormjib_runtime.wire import EXIT_STOPPED, AgentPhase, Cause, Do, RankPhase
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+    from pathlib import Path
 
     from stormjib_runtime.wire import Report
 
@@ -132,13 +132,6 @@ async def a_lost_zygote_costs_no_step(coordinator: ScriptedCoordinator, agent: A
 def rank_pids(agent: AgentProcess) -> list[int]:
     """Processes of the ranks, in their order."""
     return [next(pid for pid in agent.below() if comm(pid) == f"rank{rank}") for rank in range(2)]
-
-
-def comm(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/comm").read_text().strip()
-    except (FileNotFoundError, ProcessLookupError):
-        return ""
 
 
 async def test_whole_trees_end_and_nothing_stays(coordinator: ScriptedCoordinator, tmp_path: Path) -> None:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -16,7 +14,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from fakes.agents import SCRIPTS, alive, until
+from fakes.agents import SCRIPTS, comm, until
+from fakes.runs import PROGRAM, START_S, TINY, Run
 from stormjib_health.sampler.proc import descendants
 from stormjib_runtime.http import HttpError, request
 
@@ -24,60 +23,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 pytestmark = pytest.mark.timeout(150)
-PROGRAM = Path(sys.executable).with_name("stormjib-run")
-START_S = 60.0
-"""Importing torch on a machine that others use too."""
-
-
-class Run:
-    """One `stormjib-run`, its output in files."""
-
-    def __init__(self, folder: Path, *arguments: str, **env: str) -> None:
-        self.folder = folder
-        self.pids: set[int] = set()
-        with open(folder / "out", "wb") as out, open(folder / "err", "wb") as err:
-            self.process = subprocess.Popen(
-                [PROGRAM, *arguments],
-                env={**os.environ, "TMPDIR": str(folder), **env},
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=err,
-            )
-
-    @property
-    def out(self) -> str:
-        return (self.folder / "out").read_text()
-
-    @property
-    def err(self) -> str:
-        return (self.folder / "err").read_text()
-
-    def collectives(self, generation: str) -> list[dict[str, float]]:
-        """What each rank of a generation said of its first collective."""
-        found = [json.loads(line) for line in re.findall(r'\{"event": "collective".*\}', self.out)]
-        return [one for one in found if one["generation"] == generation]
-
-    async def joined(self, generation: str, limit_s: float = START_S) -> list[int]:
-        """Process ids of the two ranks, once both have done a collective."""
-        await until(lambda: len(self.collectives(generation)) == 2, limit_s)
-        assert "/dev/shm/stormjib-" in self.out
-        self.pids |= {stat.pid for stat in descendants(self.process.pid)}
-        return [int(one["pid"]) for one in sorted(self.collectives(generation), key=lambda one: one["rank"])]
-
-    async def exit(self, limit_s: float = START_S) -> int:
-        """The exit code; nothing of the run may be left then."""
-        code = await asyncio.to_thread(self.process.wait, limit_s)
-        await until(lambda: not any(alive(pid) for pid in self.pids))
-        assert not any(Path(one).exists() for one in re.findall(r"/dev/shm/stormjib-\w+-0", self.out))
-        assert not [path for path in self.folder.iterdir() if path.name.startswith("stormjib-")]
-        return code
-
-    def close(self) -> None:
-        for pid in [stat.pid for stat in descendants(self.process.pid)] + [self.process.pid]:
-            if alive(pid):
-                os.kill(pid, signal.SIGKILL)
-        self.process.wait()
-        print(self.err[-3000:])
 
 
 @pytest.fixture
@@ -121,20 +66,6 @@ async def test_restarts_are_bounded_and_the_last_lines_are_told(runs: list[Run],
     why = run.err.partition("no restarts are left; the last fault was RankExit of rank ")[2]
     assert "exit 7" in why
     assert "the reason why" in why
-
-
-TINY = """
-[model]
-dim = 16
-layers = 1
-heads = 2
-context = 16
-[optimizer]
-warmup = 5
-[train]
-batch = 4
-steps = {steps}
-"""
 
 
 def points(root: Path) -> set[tuple[str, str]]:
@@ -199,13 +130,6 @@ def listening(pid: int) -> list[int]:
         for row in rows
         if row[3] == "0A" and f"socket:[{row[9]}]" in sockets
     ]
-
-
-def comm(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/comm").read_text().strip()
-    except (FileNotFoundError, ProcessLookupError):
-        return ""
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -93,7 +93,7 @@ def _take(state: State, found: Generation, now: float) -> State:
 
 def _stage(state: State, speaking: list[Agent], told: list[Report], now: float) -> Stage:
     if not told:
-        return Preparing(now)
+        return Preparing(now, at_rest=True)  # perhaps opened already, and that can be done once only
     absent = [agent for _, agent in state.seated if agent is not None and agent not in speaking]
     if absent:
         # Told to end while the others were not, or never told to begin: its ranks cannot join those of the others.

@@ -34,7 +34,7 @@ from stormjib_runtime.ranks import remove_tree
 from stormjib_runtime.runner import Runner
 from stormjib_runtime.sampling import Place, Sampling
 from stormjib_runtime.settings import Launcher, Settings
-from stormjib_runtime.wire import PROTOCOL, Do, Report
+from stormjib_runtime.wire import PROTOCOL, Do, Env, Report
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -75,6 +75,8 @@ class Agent:
         self.outputs = Outputs(self._loop)
         self.children = Children(self._loop, self._orphan)
         self._child = self._checkpoint_child(env)
+        if self._child is not None:
+            env[Env.MEMORY_DIR] = str(settings.memory)
         self._launching = Launching(self.children, self.outputs, env, self._changed, self.event)
         self.checks = Checks(
             self._launching.launch,
@@ -294,9 +296,13 @@ class Agent:
             self.event(f"MeasuringServerFailed: {error}")
 
     async def _scan(self) -> None:
-        """What the storage holds already, before the first report: a predecessor's generations may be above ours."""
+        """What the storage holds already, before the first report: a predecessor's generations may be above ours.
+
+        First what ranks of this container's life before had staged gets there: a container that is killed takes its ranks along.
+        """
         if self._child is None:
             return
+        await self._runner.adopt()
         try:
             async with asyncio.timeout(SCAN_S):
                 self._storage = await self._child.scan()
@@ -309,6 +315,7 @@ class Agent:
         if self._interrupts == 1:
             await self._runner.interrupt(INTERRUPT_S)
         await self._runner.end(self._kept())
+        remove_tree(self.settings.memory)
         self._link.close()
         await self.checks.close()
         self._launching.close()

@@ -72,6 +72,14 @@ class CheckpointChild:
             raise CheckpointError(f"commit of step {step}: the child answered nothing")
         return point
 
+    async def adopt(self, memory: str) -> tuple[dict[int, list[int]], list[str]]:
+        """Finish what dead ranks had staged in this folder: step -> ranks that are on the storage now, and what was lost, and why."""
+        answer = await self._ask(do="adopt", memory=memory)
+        steps: dict[int, list[int]] = {}
+        for step, rank in answer.get("adopted", []):
+            steps.setdefault(int(step), []).append(int(rank))
+        return steps, [str(note) for note in answer.get("notes", [])]
+
     def close(self) -> None:
         """End the child. A commit that is cut off is finished by the next generation."""
         if self.pid:

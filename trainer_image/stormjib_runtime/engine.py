@@ -41,6 +41,10 @@ if TYPE_CHECKING:
 
 HISTORY_KEPT = 32
 REFUSED_KEPT = 64
+AUDIBLE = 2
+"""Heartbeats: nobody waits for the steps in the memory of a node that has said nothing for so long."""
+REST_S = 10.0
+"""How long an agent that is no member any more is waited for: its ranks may be of the kind that no signal ends."""
 
 
 # --- facts ----------------------------------------------------------------------------------------------------------
@@ -230,6 +234,8 @@ def _preparing(state: State, bounds: Bounds, now: float) -> State:
         return replace(
             state, stage=Idle(now, Cause.LEAVE if plan.leaving(state) else Cause.SHRINK, fresh=False)
         )
+    if not stage.at_rest:
+        return replace(state, stage=Preparing(now, at_rest=True)) if _at_rest(state, stage, now) else state
     first = state.agent(state.members[0])
     if first is None or not first.runs(state.generation) or not first.report.store:
         return state
@@ -242,6 +248,18 @@ def _preparing(state: State, bounds: Bounds, now: float) -> State:
         stage=Running(now, first.report.store, resume),
         committed=resume,
         history=(*state.history[:-1], begun),
+    )
+
+
+def _at_rest(state: State, stage: Preparing, now: float) -> bool:
+    """Whoever is waited for holds nothing older: its ranks have ended, and what they had staged is on the storage."""
+    seated = {member.slot for member in state.members}
+    return all(
+        agent.lost_at is not None
+        or now - agent.heard > AUDIBLE * agent.heartbeat_s
+        or (slot not in seated and now - stage.since > REST_S)
+        or agent.report.generation in (None, state.generation)
+        for slot, agent in state.agents.items()
     )
 
 

@@ -76,7 +76,7 @@ def _order_for(state: State, slot: int, agent: Agent) -> Order:
     if isinstance(stage, Complete):
         stage = stage.running
     if isinstance(stage, Preparing):
-        first = state.members[0].slot == slot
+        first = stage.at_rest and state.members[0].slot == slot
         return _order(state, Do.PREPARE if first else Do.WAIT, refused=state.refused if first else ())
     if isinstance(stage, Running) and _is_member(state, agent):
         return _run(state, stage, agent)

@@ -23,7 +23,7 @@ from stormjib_runtime.environment import visible_gpus
 from stormjib_runtime.errors import CommandError
 from stormjib_runtime.http import Client, HttpError
 from stormjib_runtime.settings import Launcher, Settings
-from stormjib_runtime.wire import Bounds, Env, GenerationId, JobPhase, JobState
+from stormjib_runtime.wire import INTERVAL_AUTO, Bounds, Env, GenerationId, JobPhase, JobState
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -111,6 +111,13 @@ def _variable(environ: Mapping[str, str], name: Env, default: str) -> int:
     return _whole(name.value, environ.get(name) or default, least=0)
 
 
+def _interval(environ: Mapping[str, str]) -> int:
+    """Steps between saves; 0 where no number of steps is wanted."""
+    if environ.get(Env.CHECKPOINT_INTERVAL) == INTERVAL_AUTO:
+        return 0
+    return _variable(environ, Env.CHECKPOINT_INTERVAL, default="0")
+
+
 def processes(wanted: str, gpus: int, cpus: int) -> int:
     """How many ranks `--nproc-per-node` means on this machine."""
     match wanted:
@@ -144,7 +151,7 @@ class Standalone:
             processes=processes(options.processes, visible_gpus(environ), len(os.sched_getaffinity(0))),
             slots={"0": UID},
             restarts_left=options.max_restarts,
-            interval_steps=_variable(environ, Env.CHECKPOINT_INTERVAL, default="0"),
+            interval_steps=_interval(environ),
             keep_last=_variable(environ, Env.CHECKPOINT_KEEP, default="3"),
         )
 

@@ -12,7 +12,7 @@ from stormjib_runtime import torchrun
 from stormjib_runtime.agent_core import NOTHING, Held, Me, Stage
 from stormjib_runtime.commits import Commits
 from stormjib_runtime.environment import join_address
-from stormjib_runtime.errors import RuntimeFault
+from stormjib_runtime.errors import CheckpointError, RuntimeFault
 from stormjib_runtime.processes import (
     end_descendants,
     leftovers,
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from stormjib_runtime.wire import Generation, Order, RankState, ResumePoint, Saving
 
 SAMPLE_S = 0.5
+ADOPT_S = 60.0
+"""How long the next generation waits for what the last one had staged: a storage that hangs must not hold up the job for ever."""
 SETTLE_S = 10.0
 """How long a planned stop waits for pending commits."""
 
@@ -161,6 +163,8 @@ class Runner:
             await asyncio.wait([self._work])
         await self._launching.quiet()
         ended = await end_descendants(os.getpid(), lambda: {*keep, *self._launching.pids})
+        if self._ranks is not None:
+            await self.adopt()
         if self._commits is not None:
             await self._commits.close()
         if self._ranks is not None:
@@ -172,6 +176,23 @@ class Runner:
         self._shm_before = frozenset()
         self.store, self.resume = "", None
         self._enter(None, Stage.NONE)
+
+    async def adopt(self) -> None:
+        """Finish what ranks that are dead had staged: before anybody opens the next generation."""
+        if self._child is None or not self._settings.memory.exists():
+            return
+        try:
+            async with asyncio.timeout(ADOPT_S):
+                adopted, notes = await self._child.adopt(str(self._settings.memory))
+        except (CheckpointError, OSError) as error:
+            self._event(f"AdoptFailed: {error}")
+        except TimeoutError:
+            self._event(f"AdoptFailed: what the ranks had staged is not on the storage after {ADOPT_S:.0f} s")
+        else:
+            for step, ranks in adopted.items():
+                self._event(f"Adopted: step {step} of ranks {', '.join(map(str, ranks))}, from memory")
+            for note in notes:
+                self._event(f"StagedLost: {note}")
 
     # --- the long ones ----------------------------------------------------------------------------------------------
 

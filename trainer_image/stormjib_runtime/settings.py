@@ -52,7 +52,15 @@ class Settings:
     @property
     def pages(self) -> Path:
         """Folder of this slot's pages: the name keeps two jobs on one machine apart."""
-        return Path("/dev/shm") / f"stormjib-{self.job_uid.replace('/', '_')[:8]}-{self.slot}"
+        return self._shared_memory("")
+
+    @property
+    def memory(self) -> Path:
+        """Folder where this slot's ranks stage what they save. In a pod it outlives the container."""
+        return self._shared_memory("-steps")
+
+    def _shared_memory(self, what: str) -> Path:
+        return Path("/dev/shm") / f"stormjib-{self.job_uid.replace('/', '_')[:8]}-{self.slot}{what}"
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] = os.environ) -> Settings:

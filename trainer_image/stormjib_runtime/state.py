@@ -102,9 +102,11 @@ class Idle:
 
 @dataclass(frozen=True)
 class Preparing:
-    """The first member opens the generation on the storage and hosts its store."""
+    """The first member opens the generation on the storage and hosts its store, once all are at rest."""
 
     since: float
+    at_rest: bool = False
+    """Nobody holds an older generation: what its ranks had staged is on the storage, where the opener will find it."""
 
 
 @dataclass(frozen=True)

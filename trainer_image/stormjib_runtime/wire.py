@@ -445,6 +445,9 @@ class JobState:
 # --- names ----------------------------------------------------------------------------------------------------------
 
 
+INTERVAL_AUTO = "auto"
+
+
 class Env(StrEnum):
     """Environment names. The operator writes the first group into pods; the agent writes the second for ranks."""
 
@@ -465,7 +468,7 @@ class Env(StrEnum):
     GRACE_S = "STORMJIB_GRACE_S"  # terminationGracePeriodSeconds
     PREFLIGHT = "STORMJIB_PREFLIGHT"  # On | Off: check the node before the slot first joins
     CHECKPOINT_ROOT = "STORMJIB_CHECKPOINT_ROOT"  # <storage>/<namespace>/<job>; also for ranks
-    CHECKPOINT_INTERVAL = "STORMJIB_CHECKPOINT_INTERVAL"  # steps; also for ranks
+    CHECKPOINT_INTERVAL = "STORMJIB_CHECKPOINT_INTERVAL"  # steps, or INTERVAL_AUTO; also for ranks
     CHECKPOINT_KEEP = "STORMJIB_CHECKPOINT_KEEP"  # also for ranks
     INTEGRITY_NORMS = "STORMJIB_INTEGRITY_NORMS"  # On | Off; for ranks
     INTEGRITY_DIGESTS = "STORMJIB_INTEGRITY_DIGESTS"  # On | Off; for ranks
@@ -475,3 +478,4 @@ class Env(StrEnum):
     GENERATION = "STORMJIB_GENERATION"  # 2.7
     RESUME = "STORMJIB_RESUME"  # JSON of a ResumePoint, or empty
     PAGE_DIR = "STORMJIB_PAGE_DIR"  # pages are PAGE_DIR/<local rank>
+    MEMORY_DIR = "STORMJIB_MEMORY_DIR"  # where ranks stage what they save, so that it outlives them

@@ -6,6 +6,7 @@ Under plain torchrun nobody does that, so the engine of rank 0 opens the next ge
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from concurrent.futures import wait
 from functools import partial
@@ -18,8 +19,10 @@ from stormjib_checkpoint.engine.group import from_rank_0
 from stormjib_checkpoint.errors import DamagedCheckpoint, FormatError, StateMismatch, StorageError, TornCopy
 from stormjib_checkpoint.format import DoubtFile, ResumePoint
 from stormjib_checkpoint.layout import GenerationId
+from stormjib_checkpoint.pace import seconds_between
 from stormjib_checkpoint.records import decode, encode
 from stormjib_runtime.wire import Saving
+from stormjib_trainer.environment import AUTO
 from stormjib_trainer.errors import ResumeFailed, ResumeMismatch
 
 if TYPE_CHECKING:
@@ -44,6 +47,7 @@ class Checkpoints:
         self._engine = _engine(env)
         self._storage = self._engine.storage if self._engine else None
         self._under_way: list[tuple[Save, Fed]] = []
+        self._began, self._trained_s, self.lives = time.monotonic(), 0.0, 1
         self._untold: Fed = {}
         """What was fed in steps whose saves have failed: the next one tells it."""
 
@@ -51,9 +55,29 @@ class Checkpoints:
     def generation(self) -> str:
         return self._engine.generation if self._engine else str(self._env.generation or "")
 
-    def due(self, step: int) -> bool:
-        """Whether the interval asks for a save after `step`."""
-        return self._env.checkpoint_interval > 0 and step % self._env.checkpoint_interval == 0
+    @property
+    def trained_s(self) -> float:
+        """How long this job has trained, in all its generations that left a step."""
+        return self._trained_s + time.monotonic() - self._began
+
+    def keep_pace(self, trained_s: float, lives: int) -> None:
+        """Where it has resumed: what the job had lived through at that step. `lives` are its generations that left a step."""
+        self._trained_s, self.lives = trained_s, lives + 1
+
+    def ready(self) -> bool:
+        """Whether this rank would save now where nobody has said when."""
+        if self._env.checkpoint_interval != AUTO or not self._under_way:
+            return True
+        if not all(save.upload_completion.done() for save, _ in self._under_way):
+            return False
+        last, _ = self._under_way[-1]
+        cost_s = last.figures.call_s + last.figures.waited_s
+        return last.age_s() >= seconds_between(cost_s, self._env.world, self.trained_s, self.lives - 1)
+
+    def due(self, step: int, *, hold: bool) -> bool:
+        """Whether the interval asks for a save after `step`; `hold`: some rank is not ready."""
+        every = self._env.checkpoint_interval
+        return not hold if every == AUTO else every > 0 and step % every == 0
 
     def resume(self, state: dict[str, Value]) -> dict[str, Any] | None:
         """Fill `state` from where this generation resumes; what was saved beside it, or None for a fresh start.
@@ -191,4 +215,5 @@ def _engine(env: Environment) -> Engine | None:
         resume=resume,
         keep_last=env.checkpoint_keep,
         job_uid=env.job_uid,
+        memory=env.checkpoint_memory,
     )

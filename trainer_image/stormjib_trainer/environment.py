@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, TypeVar
 from stormjib_health.integrity.judge import Policy
 from stormjib_health.verdict import OnRecurrence, OnSpike
 from stormjib_runtime import codec
-from stormjib_runtime.wire import Env, GenerationId, ResumePoint
+from stormjib_runtime.wire import INTERVAL_AUTO, Env, GenerationId, ResumePoint
 from stormjib_trainer.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 T = TypeVar("T")
+AUTO = -1
 _SWITCH = {"On": True, "Off": False}
 
 
@@ -36,8 +37,10 @@ class Environment:
     job_uid: str = ""
     checkpoint_root: str = ""
     """Empty: nothing is saved."""
+    checkpoint_memory: str = ""
+    """Where steps are staged so that they outlive this process; empty: in its own memory."""
     checkpoint_interval: int = 0
-    """Steps between saves; 0: only when asked to, and at the end."""
+    """Steps between saves; 0: only when asked to, and at the end; AUTO: as often as it costs next to nothing."""
     checkpoint_keep: int = 3
     integrity: Policy = field(default_factory=Policy)
     """What is done against silent corruption."""
@@ -56,10 +59,21 @@ def read(env: Mapping[str, str] = os.environ) -> Environment:
         resume=codec.decode(ResumePoint, resume) if resume else None,
         job_uid=env.get(Env.JOB_UID, ""),
         checkpoint_root=env.get(Env.CHECKPOINT_ROOT, ""),
-        checkpoint_interval=int(env.get(Env.CHECKPOINT_INTERVAL) or 0),
+        checkpoint_memory=env.get(Env.MEMORY_DIR, ""),
+        checkpoint_interval=_interval(env.get(Env.CHECKPOINT_INTERVAL, "")),
         checkpoint_keep=int(env.get(Env.CHECKPOINT_KEEP) or 3),
         integrity=_integrity(env),
     )
+
+
+def _interval(text: str) -> int:
+    if text == INTERVAL_AUTO:
+        return AUTO
+    if text and not (text.isascii() and text.isdecimal()):
+        raise ConfigError(
+            f"{Env.CHECKPOINT_INTERVAL.value} = {text[:64]!r}; wanted steps, or {INTERVAL_AUTO}"
+        )
+    return int(text or 0)
 
 
 def _integrity(env: Mapping[str, str]) -> Policy:

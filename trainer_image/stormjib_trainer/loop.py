@@ -95,6 +95,7 @@ class Run:
         saved = self.checkpoints.resume(self.state)
         if saved is not None:
             self.done = saved["step"]
+            self.checkpoints.keep_pace(saved["trained_s"], saved["lives"])
             self.check_same_run(saved)
             self.optimizer.done(self.done)
         self.watch.begin(self.done, self.checkpoints.doubted(self.done))
@@ -105,7 +106,12 @@ class Run:
         last = self.config.train.steps
         while self.done < last:
             agreed = self.step(self.done + 1)
-            if agreed.stop or agreed.save or self.done == last or self.checkpoints.due(self.done):
+            if (
+                agreed.stop
+                or agreed.save
+                or self.done == last
+                or self.checkpoints.due(self.done, hold=agreed.hold)
+            ):
                 self.save()
             if agreed.stop and self.done < last:
                 self.checkpoints.finish()
@@ -144,7 +150,11 @@ class Run:
         self.watch.start()
         loss = backward(self.model, windows, train.micro_batch, train.batch)
         gradients = self.optimizer.gradients()
-        wishes = {"stop": self.control.stop(step), "save": self.control.save(step)}
+        wishes = {
+            "stop": self.control.stop(step),
+            "save": self.control.save(step),
+            "hold": not self.checkpoints.ready(),
+        }
         told = self.watch.told(step, again=again)
         agreed = agree(loss, gradients, replicas=self.replicas, told=told, **wishes)
         ruling = self.watch.rule(step, agreed)
@@ -185,6 +195,8 @@ class Run:
         """What a checkpoint holds beside tensors."""
         return {
             "step": self.done,
+            "trained_s": round(self.checkpoints.trained_s, 3),
+            "lives": self.checkpoints.lives,
             "cursor": self.order.cursor(self.done),
             "text": self.text.sha256,
             "context": self.text.context,

@@ -30,6 +30,8 @@ class Agreed:
     """Some rank was asked to stop."""
     save: bool
     """Some rank was asked to save."""
+    hold: bool
+    """Some rank is not ready to save yet."""
     told: tuple[float, ...] = ()
     """What the ranks wanted to tell each other beside, summed."""
 
@@ -74,20 +76,22 @@ def agree(
     *,
     stop: bool,
     save: bool,
+    hold: bool,
     replicas: int = 1,
     told: Tensor | None = None,
 ) -> Agreed:
-    """One collective for all that the ranks must agree on: loss, gradient norm, wishes to stop and to save, and `told`.
+    """One collective for all that the ranks must agree on: loss, gradient norm, wishes to stop, to save and not to save yet, and `told`.
 
     Each shard of the gradient is on `replicas` ranks, and so counted as often.
     """
     norms = torch.stack(torch._foreach_norm(grads)).double()
     own = torch.stack((loss, norms.dot(norms)))
-    flags = torch.tensor((stop, save), dtype=torch.float64, device=loss.device)
+    flags = torch.tensor((stop, save, hold), dtype=torch.float64, device=loss.device)
     whole = torch.cat((own, flags) if told is None else (own, flags, told))
     dist.all_reduce(whole)
-    mean, squares, stops, saves, *rest = whole.tolist()
-    return Agreed(mean, (squares / replicas) ** 0.5, stops > 0, saves > 0, tuple(rest))
+    mean, squares, stops, saves, holds, *rest = whole.tolist()
+    norm = (squares / replicas) ** 0.5
+    return Agreed(mean, norm, stops > 0, saves > 0, holds > 0, tuple(rest))
 
 
 def clip(grads: list[Tensor], norm: float, most: float) -> None:

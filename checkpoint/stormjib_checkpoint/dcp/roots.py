@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from stormjib_checkpoint.keys import from_environment
-from stormjib_checkpoint.storage import Local
+from stormjib_checkpoint.stores.urls import open_storage
 
 if TYPE_CHECKING:
     from stormjib_checkpoint.storage import Storage
@@ -18,8 +17,8 @@ OURS = "dcp"
 
 
 def storage_at(root: Root | Storage) -> Storage:
-    """The storage of a folder, or the one that was given."""
-    return Local(root, key=from_environment()) if isinstance(root, (str, os.PathLike)) else root
+    """The storage of a folder or of the URL of a store, or the one that was given."""
+    return open_storage(root) if isinstance(root, (str, os.PathLike)) else root
 
 
 def is_root(checkpoint_id: object) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,13 +15,13 @@ from torch.distributed.checkpoint.staging import AsyncStager
 
 from stormjib_checkpoint.engine.gate import Gate
 from stormjib_checkpoint.engine.saving import Figures
-from stormjib_checkpoint.engine.torn import version
+from stormjib_checkpoint.engine.torn import versions
 from stormjib_checkpoint.engine.workers import Job, Workers
 from stormjib_checkpoint.errors import TornCopy
 from stormjib_checkpoint.tensors import local_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 
 State = dict[str, Any]
@@ -40,24 +40,24 @@ class GatedStager(AsyncStager):
     def stage(self, state_dict: State) -> Future[State]:
         """A copy of the state as it is now. The future raises TornCopy where a tensor changed that an optimizer holds."""
         guarded = self._gate.guarded()
-        later: dict[str, tuple[torch.Tensor, int]] = {}
+        later: dict[str, torch.Tensor] = {}
 
         def now(name: str, tensor: torch.Tensor) -> torch.Tensor:
             with torch.no_grad():
                 address = local_of(tensor).untyped_storage().data_ptr()
             if address not in guarded:
                 return _copied(tensor)
-            later[name] = tensor, version(tensor)
+            later[name] = tensor
             return tensor
 
         taken = _mapped("", state_dict, now)
-        ready = (
-            torch.cuda.current_stream().record_event().synchronize if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
-        )
+        before = versions(list(later.values()))
+        on_cuda = any(tensor.is_cuda for tensor in later.values())
+        ready = torch.cuda.current_stream().record_event().synchronize if on_cuda else None
         staged: Future[State] = Future()
-        job = Job(lambda: _settle(staged, lambda: _rest(taken, later, ready)))
-        self._gate.shut(job, Figures())
-        self._copying.put(job)
+        copying = _Copying(Job(lambda: _settle(staged, lambda: _rest(taken, later, before, ready))))
+        self._gate.shut(copying, Figures())
+        self._copying.put(copying.job)
         return staged
 
     def synchronize_staging(self) -> None:
@@ -70,16 +70,32 @@ class GatedStager(AsyncStager):
         self._gate.close()
 
 
+class _Copying:
+    """A job, as the gate wants it: who waits for it does it, if nobody has begun."""
+
+    def __init__(self, job: Job[None]) -> None:
+        self.job = job
+
+    @property
+    def done(self) -> bool:
+        return self.job.future.done()
+
+    def hurry(self) -> None:
+        self.job.do()
+        wait([self.job.future])
+
+
 def _rest(
     taken: State,
-    later: Mapping[str, tuple[torch.Tensor, int]],
+    later: Mapping[str, torch.Tensor],
+    before: Sequence[int],
     ready: Callable[[], None] | None,
 ) -> State:
     if ready is not None:
         ready()
     whole: State = _mapped("", taken, lambda name, t: _copied(t) if name in later else t)
-    for name, (tensor, before) in later.items():
-        if version(tensor) != before:
+    for name, old, new in zip(later, before, versions(list(later.values())), strict=True):
+        if new != old:
             raise TornCopy(
                 f"{name} changed while it was copied: this step is not saved. Call the stager's synchronize_staging() first"
             )

@@ -21,16 +21,17 @@ from stormjib_checkpoint.commit import commit_when_complete
 from stormjib_checkpoint.dcp.roots import OURS, Root, is_root, storage_at
 from stormjib_checkpoint.engine.arena import Arena
 from stormjib_checkpoint.engine.flush import Handover, flush
-from stormjib_checkpoint.engine.staging import stage
+from stormjib_checkpoint.engine.staging import Copying
 from stormjib_checkpoint.engine.workers import Job, Workers
 from stormjib_checkpoint.errors import SaveError, StorageError, UnsupportedState
 from stormjib_checkpoint.format import Atom, DataFile
 from stormjib_checkpoint.image import Image, image_of
 from stormjib_checkpoint.layout import GenerationId
+from stormjib_checkpoint.left import leave
 from stormjib_checkpoint.opening import open_next
 from stormjib_checkpoint.retention import retain
 from stormjib_checkpoint.tensors import TAGS, Held, held
-from stormjib_checkpoint.writer import RESERVED, Part, leave_record, refuse_unstorable, told_as_saved
+from stormjib_checkpoint.writer import RESERVED, Part, records_of, refuse_unstorable, told_as_saved
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
@@ -113,7 +114,7 @@ class StormjibWriter(StorageWriter):
             if who.rank == 0:
                 self._now.left = who, data, file
             else:
-                leave_record(self._storage(), who, data, file, {}, {}, {})
+                _leave(self._storage(), who, data, file, {})
         done: Future[list[WriteResult]] = torch.futures.Future()
         done.set_result([_result(item, objects) for item in plan.items])
         return done
@@ -133,9 +134,7 @@ class StormjibWriter(StorageWriter):
             if not isinstance(known[result.index.fqn], TensorStorageMetadata)
         }
         train = {OURS: {"objects": objects, "paths": dict(metadata.planner_data or {})}}
-        leave_record(
-            storage, who, data, replace(file, atoms=_all_atoms(metadata) | file.atoms), {}, train, {}
-        )
+        _leave(storage, who, data, replace(file, atoms=_all_atoms(metadata) | file.atoms), train)
         commit_when_complete(storage, str(who.generation), who.world, who.step)
         try:
             retain(storage, str(who.generation), self._keep_last)
@@ -166,20 +165,25 @@ class StormjibWriter(StorageWriter):
             self._arena = Arena(file.size)
         arena, handover, storage = self._arena, Handover(), self._storage()
         path = f"{layout.folder(who.step, who.generation)}/{layout.rank_data(who.rank)}"
-        found: list[DataFile] = []
+        copying = Copying(file, [part.local for part in file.parts], arena, handover.put)
         writing = Workers("stormjib-flush")
-        job = writing.put(Job(lambda: found.append(flush(storage, path, file.size, arena, handover))))
+        durable = writing.put(Job(lambda: flush(storage, path, file.size, arena, handover)))
         failed: BaseException | None = None
         try:
-            stage(file, [part.local for part in file.parts], arena, handover.put)
+            data = copying.finish()
         except BaseException as error:
             failed = error
             raise
         finally:
             handover.end(failed)
             writing.close()
-        job.future.result()
-        return found[0]
+        durable.future.result()
+        return data
+
+
+def _leave(storage: Storage, who: Part, data: DataFile, file: Image, train: dict[str, Any]) -> None:
+    records = records_of(who, data, file, {}, train, {}, storage.key)
+    leave(storage, who.step, who.generation, who.rank, records)
 
 
 def _is_object(item: WriteItem) -> bool:

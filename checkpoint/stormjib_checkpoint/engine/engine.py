@@ -13,6 +13,8 @@ import logging
 import marshal
 import os
 from concurrent.futures import wait
+from operator import attrgetter
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -21,10 +23,11 @@ from stormjib_checkpoint import reader
 from stormjib_checkpoint import state as states
 from stormjib_checkpoint.commit import commit_when_complete
 from stormjib_checkpoint.engine import group, torn
-from stormjib_checkpoint.engine.arena import Arena
+from stormjib_checkpoint.engine.berths import Berths
 from stormjib_checkpoint.engine.gate import Gate
+from stormjib_checkpoint.engine.pipeline import IN_FLIGHT, Pipeline
 from stormjib_checkpoint.engine.plan import Plan, plan
-from stormjib_checkpoint.engine.saving import IN_FLIGHT, Pipeline, Save, Taken
+from stormjib_checkpoint.engine.saving import Save, Taken
 from stormjib_checkpoint.engine.totals import Totals
 from stormjib_checkpoint.errors import (
     CommitError,
@@ -37,11 +40,11 @@ from stormjib_checkpoint.errors import (
     UnsupportedState,
 )
 from stormjib_checkpoint.format import ResumePoint
-from stormjib_checkpoint.keys import from_environment
 from stormjib_checkpoint.layout import GenerationId
+from stormjib_checkpoint.node_memory import Near
 from stormjib_checkpoint.opening import open_next
 from stormjib_checkpoint.retention import retain
-from stormjib_checkpoint.storage import Local
+from stormjib_checkpoint.stores.urls import open_storage
 from stormjib_checkpoint.tensors import copyable, local_of
 from stormjib_checkpoint.writer import Part, checked_ids, refuse_unstorable
 
@@ -76,18 +79,19 @@ class Engine:
         keep_last: int = 2,
         job_uid: str = "",
         volatile: Collection[str] = (),
+        memory: str | os.PathLike[str] = "",
     ) -> None:
         """Without `generation` the next one is opened on `root` (by rank 0, for all), and this engine commits and deletes old steps.
         With one, whoever gave it does, and said where it resumes. `volatile` are patterns of names (`ema.*`) of tensors
         that may change at any moment; they are copied in the call. Buffers of a model given to `prepare` are volatile too.
+        `memory` is a folder on a memory-backed volume: staged there, a step outlives this process, and whoever starts the next one
+        can finish it (`adopting.adopt`). Without it a step that is not on the storage yet dies with the process.
 
-        Raises StorageError where `root` cannot be written, and HistoryError.
+        Raises StorageError where `root` cannot be written, BadKey, and HistoryError.
         """
         self.rank, self.world = group.place()
         self.totals = Totals()
-        self.storage: Storage = (
-            Local(root, key=from_environment()) if isinstance(root, (str, os.PathLike)) else root
-        )
+        self.storage: Storage = open_storage(root) if isinstance(root, (str, os.PathLike)) else root
         self.generation, self.resume = generation, resume
         self._commits = not generation
         self._job_uid, self._keep_last, self._volatile = job_uid, keep_last, tuple(volatile)
@@ -96,10 +100,11 @@ class Engine:
             self._open(())
         self._gate = Gate()
         self._buffers: set[int] = set()
-        self._arena: Arena | None = None
+        self._memory = Path(memory) if memory else None
+        self._berths = Berths(self._memory, int(os.environ.get("LOCAL_RANK", "0")))
         self._plan: Plan | None = None
         self._saves: list[Save] = []
-        self._pipeline = Pipeline(self.storage, self._gate, self._commit)
+        self._pipeline = Pipeline(self.storage, self._gate, self._commit, self._retain)
         atexit.register(self.close)  # a save that was begun is finished, whoever forgets to wait for it
 
     # --- before training --------------------------------------------------------------------------------------------
@@ -112,11 +117,13 @@ class Engine:
         size = self._planned(states.collect(model, optimizer)).image.size
         if not optimizer.state:
             size += sum(2 * _local_bytes(parameter) + NAMED_BYTES for parameter in model.parameters())
-        self._have(size).touch()
+        self._have(size)
+        self._berths.touch()
 
     def reserve(self, state: Mapping[str, Value]) -> None:
         """As `prepare`, for a state that is complete already. Raises UnsupportedState, ArenaTooLarge."""
-        self._have(self._planned(state).image.size).touch()
+        self._have(self._planned(state).image.size)
+        self._berths.touch()
 
     def load(
         self, state: MutableMapping[str, Value], *, rename: Rename | None = None
@@ -124,14 +131,18 @@ class Engine:
         """Fill `state` from the step that this generation resumes from, as `reader.load` does. What was saved as `train`; None on a
         fresh start. Where a rank finds damage, all take the next older step; with a `generation` given, DamagedCheckpoint is raised
         instead. Raises StateMismatch, StorageError, NoUsableCheckpoint."""
-        return self._resumed(lambda point: reader.load(self.storage, point, state, rename=rename))
+        return self._resumed(
+            lambda point: reader.load(self.storage, point, state, rename=rename, near=self._near())
+        )
 
     def restore(
         self, model: nn.Module, optimizer: Optimizer, *, rename: Rename | None = None
     ) -> dict[str, Json] | None:
         """As `load`, into a model and its optimizer, for what `state.collect` has made of them."""
         return self._resumed(
-            lambda point: states.restore(self.storage, point, model, optimizer, rename=rename)
+            lambda point: states.restore(
+                self.storage, point, model, optimizer, rename=rename, near=self._near()
+            )
         )
 
     # --- while training ---------------------------------------------------------------------------------------------
@@ -173,8 +184,9 @@ class Engine:
         self._gate.wait()
 
     def wait(self) -> None:
-        """Until no save is on its way. Raises TornCopy as `async_save` does."""
+        """Until no save is on its way, and what is too old is deleted. Raises TornCopy as `async_save` does."""
         wait([save.upload_completion for save in self._saves])
+        self._pipeline.tidied()
         self._settle()
 
     def close(self) -> None:
@@ -200,15 +212,15 @@ class Engine:
         tensors = planned.tensors(state)
         with torch.no_grad():
             clones = {name: copyable(local_of(state[name])).clone() for name in planned.volatile}
-        scalars = {name: value for name, value in state.items() if not torch.is_tensor(value)}
+        self._have(planned.image.size)
         return Taken(
             Part(step, GenerationId.parse(self.generation), self.rank, self.world),
-            self._have(planned.image.size),
+            self._berths.next(),
             planned,
             tensors,
-            [torn.version(tensor) for tensor in tensors],
+            torn.versions(tensors),
             clones,
-            _frozen(scalars, "state"),
+            _frozen(planned.others(state), "state"),
             _frozen(dict(train), "train"),
             checked_ids(samples),
             _device_ready(tensors),
@@ -219,12 +231,13 @@ class Engine:
             self._plan = plan(state, self.rank, self.world, self._volatile, self._buffers)
         return self._plan
 
-    def _have(self, size: int) -> Arena:
-        if self._arena is None or self._arena.size < size:
+    def _have(self, size: int) -> None:
+        if self._berths.size < size:
             wait([save.upload_completion for save in self._saves])
-            self._arena = None  # before the larger one: never two at a time
-            self._arena = Arena(size)
-        return self._arena
+            self._berths.make(size)
+
+    def _near(self) -> Near | None:
+        return Near(self._memory, self.storage.key) if self._memory is not None else None
 
     def _settle(self) -> None:
         """Forget the saves that have ended. Raises TornCopy, and logs what else went wrong."""
@@ -249,9 +262,11 @@ class Engine:
             _log.warning("step %d is not committed: %s", save.step, error)
             return
         save.figures.committed_s = save.age_s()
+
+    def _retain(self, save: Save) -> None:
         try:
             retain(self.storage, self.generation, self._keep_last)
-        except StorageError as error:  # the step is committed whatever becomes of the old ones
+        except StorageError as error:
             _log.warning("old steps are not deleted: %s", error)
 
     def _open(self, refused: Sequence[str]) -> None:
@@ -303,7 +318,7 @@ def _frozen(values: dict[str, Json], where: str) -> bytes:
 
 
 def _device_ready(tensors: Sequence[torch.Tensor]) -> Callable[[], None]:
-    if not any(tensor.is_cuda for tensor in tensors):
+    if not any(map(attrgetter("is_cuda"), tensors)):
         return lambda: None
     event = torch.cuda.Event()  # type: ignore[no-untyped-call]
     event.record()

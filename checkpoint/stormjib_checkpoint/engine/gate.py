@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from concurrent.futures import wait
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -21,18 +20,24 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from stormjib_checkpoint.engine.saving import Figures
-    from stormjib_checkpoint.engine.workers import Job
+
+
+class Staging(Protocol):
+    """Something that is being copied."""
+
+    @property
+    def done(self) -> bool:
+        """It is over, one way or the other."""
+
+    def hurry(self) -> None:
+        """Return when it is done: whoever calls this waits for it."""
 
 
 class Gate:
-    """Shut while a step is being copied. Knows the optimizers that have passed it, or were named.
-
-    Who comes while nobody has begun to copy does it: where no core is spare the copying thread may have to wait for one, and this one
-    has nothing better to do.
-    """
+    """Shut while a step is being copied. Knows the optimizers that have passed it, or were named."""
 
     def __init__(self) -> None:
-        self._copying: list[tuple[Job, Figures]] = []
+        self._copying: list[tuple[Staging, Figures]] = []
         self._optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._hook = register_optimizer_step_pre_hook(self._before_step)
 
@@ -41,18 +46,20 @@ class Gate:
         if getattr(type(optimizer).step, "hooked", False):
             self._optimizers.add(optimizer)
 
-    def shut(self, copying: Job, figures: Figures) -> None:
+    def shut(self, staging: Staging, figures: Figures) -> None:
         """Until this is done, and what it was shut for before. Whoever waits for it says so in `figures`."""
-        self._copying = [one for one in self._copying if not one[0].future.done()] + [(copying, figures)]
+        self._copying = [one for one in self._copying if not one[0].done] + [(staging, figures)]
 
     def wait(self) -> None:
         """Before anything that changes the state: until what is being copied is staged."""
-        for job, figures in self._copying:  # in their order: a later one may need the room of an earlier one
-            if job.future.done():
+        for (
+            staging,
+            figures,
+        ) in self._copying:  # in their order: a later one may need the room of an earlier one
+            if staging.done:
                 continue
             began = time.perf_counter()
-            job.do()
-            wait([job.future])
+            staging.hurry()
             figures.waited_s += time.perf_counter() - began
 
     def guarded(self) -> set[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from operator import attrgetter, eq
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
     from stormjib_checkpoint.tensors import Value
 
+_shape = attrgetter("shape")
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -26,6 +29,8 @@ class Plan:
     """Of the whole state, in its own order."""
     are_tensors: list[bool]
     image: Image
+    parts: list[str]
+    """Names of the tensors that are in the file, in its order."""
     shapes: list[torch.Size]
     """Of the parts, unsharded."""
     volatile: frozenset[str]
@@ -33,15 +38,27 @@ class Plan:
 
     def tensors(self, state: Mapping[str, Value]) -> list[torch.Tensor]:
         """The tensors of the parts, in the order of the file."""
-        return [state[part.name] for part in self.image.parts]
+        return list(map(state.__getitem__, self.parts))
+
+    def others(self, state: Mapping[str, Value]) -> dict[str, Value]:
+        """All that is no tensor."""
+        return {
+            name: state[name]
+            for name, is_tensor in zip(self.names, self.are_tensors, strict=True)
+            if not is_tensor
+        }
 
     def seems_to_fit(self, state: Mapping[str, Value]) -> bool:
-        """Whether names and shapes are those of the plan: what can be told in a fraction of a millisecond."""
+        """Whether names and shapes are those of the plan: what can be told in a fraction of a millisecond.
+
+        Nothing that is made here outlives the line that makes it: thousands of new objects would start a garbage collection, which
+        takes longer than all else in a save.
+        """
         if list(state) != self.names:
             return False
         if [isinstance(value, torch.Tensor) for value in state.values()] != self.are_tensors:
             return False
-        if [tensor.shape for tensor in self.tensors(state)] != self.shapes:
+        if not all(map(eq, map(_shape, self.tensors(state)), self.shapes)):
             return False
         return all(are_one(state[name], state[first]) for name, first in self.image.ties.items())
 
@@ -73,7 +90,7 @@ def plan(
     # The plan outlives the save, so it must not keep a model's memory alive: types and shapes are enough.
     bare = [replace(part, local=empty(part.local.shape, part.local.dtype, "meta")) for part in contents.parts]
     file = image_of(bare, rank, contents.ties)
-    shapes = [state[part.name].shape for part in file.parts]
+    parts = [part.name for part in file.parts]
+    shapes = [state[name].shape for name in parts]
     are_tensors = [isinstance(value, torch.Tensor) for value in state.values()]
-    written = {part.name for part in file.parts}
-    return Plan(list(state), are_tensors, file, shapes, frozenset(volatile & written))
+    return Plan(list(state), are_tensors, file, parts, shapes, frozenset(volatile.intersection(parts)))

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import threading
+from bisect import bisect_right
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
 import xxhash
 
 from stormjib_checkpoint.engine import memory
-from stormjib_checkpoint.tensors import on_host
+from stormjib_checkpoint.format import DataFile
+from stormjib_checkpoint.tensors import is_direct, on_host
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -20,40 +24,94 @@ BLOCK_BYTES = 1024 * 1024
 """Copied and then hashed at once: small enough for a processor's own cache, large enough that taking the GIL again costs nothing."""
 
 
-def stage(
-    file: Image, locals_: Sequence[torch.Tensor], arena: Arena, staged: Callable[[int, str], None]
-) -> None:
-    """Fill the arena with the file whose parts are `locals_` now. `staged` is told the number and xxh3_64 of each piece as soon as it
-    is whole; the piece is then held by whoever was told."""
-    filling = _Filling(file.size, arena, staged)
-    filling.put(torch.frombuffer(bytearray(file.head), dtype=torch.uint8))
-    with torch.no_grad():
-        for local in locals_:
-            filling.put(on_host(local))
+class Copying:
+    """A file on its way into the arena, by as many threads as come to `work`.
 
+    Tensors that are not plain memory of the host have to be brought there first: they are copied one after the other, so that no
+    more than one of them is there twice.
+    """
 
-class _Filling:
-    """The file from front to back."""
+    def __init__(
+        self, file: Image, locals_: Sequence[torch.Tensor], arena: Arena, staged: Callable[[int], None]
+    ) -> None:
+        """The file's parts are `locals_` now. `staged` is told the number of each piece as soon as it is whole, by any thread; the
+        piece is then held by whoever was told."""
+        self._size, self._arena, self._staged = file.size, arena, staged
+        self._sources = [torch.frombuffer(bytearray(file.head), dtype=torch.uint8), *locals_]
+        self._starts = [0, *file.starts, file.size]
+        self._digests = [""] * -(-file.size // arena.piece_bytes)
+        self._turn = nullcontext() if all(map(is_direct, locals_)) else threading.Lock()
+        self._on_host: tuple[int, torch.Tensor] | None = None
+        self._changed = threading.Condition()
+        self._begun = self._ended = 0
+        self._failed: BaseException | None = None
 
-    def __init__(self, size: int, arena: Arena, staged: Callable[[int, str], None]) -> None:
-        self._size, self._arena, self._staged = size, arena, staged
-        self._piece_bytes = arena.piece_bytes
-        self._at = 0
-        self._hash = xxhash.xxh3_64()
+    def work(self) -> None:
+        """Fill pieces until none is left that nobody has begun. What goes wrong is raised by `finish`."""
+        while True:
+            with self._turn:
+                piece = self._next()
+                if piece is None:
+                    return
+                try:
+                    self._put(piece)
+                except BaseException as error:  # noqa: BLE001  whoever finishes raises it
+                    self._failed = error
+            with self._changed:
+                self._ended += 1
+                self._changed.notify_all()
 
-    def put(self, tensor: torch.Tensor) -> None:
-        """The next bytes, from a contiguous tensor of the CPU."""
-        source, left = tensor.data_ptr(), tensor.numel() * tensor.element_size()
-        while left:
-            if self._at % self._piece_bytes == 0:
-                self._arena.take(self._at // self._piece_bytes)
-            count = min(left, BLOCK_BYTES, self._piece_bytes - self._at % self._piece_bytes)
-            memory.copy(self._arena.address + self._at, source, count)
-            self._hash.update(self._arena.view[self._at : self._at + count])
-            source, left, self._at = source + count, left - count, self._at + count
-            if self._at % self._piece_bytes == 0 or self._at == self._size:
-                self._close()
+    def finish(self) -> DataFile:
+        """Work, and wait for whoever else does: the file is whole. Raises what has gone wrong in any thread."""
+        self.work()
+        with self._changed:
+            self._changed.wait_for(lambda: self._ended == self._begun)
+        if self._failed is not None:
+            raise self._failed
+        return DataFile(self._size, self._arena.piece_bytes, tuple(self._digests))
 
-    def _close(self) -> None:
-        self._staged((self._at - 1) // self._piece_bytes, self._hash.hexdigest())
-        self._hash.reset()
+    def _next(self) -> int | None:
+        with self._changed:
+            if self._failed is not None or self._begun == len(self._digests):
+                return None
+            self._begun += 1
+            return self._begun - 1
+
+    def _put(self, piece: int) -> None:
+        """Fill a piece and tell. One that is not filled to its end is let go, or the next save would wait for it."""
+        self._arena.take(piece)
+        try:
+            with torch.no_grad():
+                self._digests[piece] = self._fill(piece)
+        except BaseException:
+            self._arena.free(piece)
+            raise
+        self._staged(piece)
+
+    def _fill(self, piece: int) -> str:
+        at = piece * self._arena.piece_bytes
+        end = min(at + self._arena.piece_bytes, self._size)
+        number = bisect_right(self._starts, at) - 1
+        digest = xxhash.xxh3_64()
+        while at < end:
+            upto = min(end, self._starts[number + 1])
+            self._copy(number, at, upto, digest)
+            at, number = upto, number + 1
+        return digest.hexdigest()
+
+    def _copy(self, number: int, at: int, upto: int, digest: xxhash.xxh3_64) -> None:
+        """Bytes of the file that all come from one tensor."""
+        source = self._host(number).data_ptr() - self._starts[number]
+        while at < upto:
+            count = min(upto - at, BLOCK_BYTES)
+            memory.copy(self._arena.address + at, source + at, count)
+            digest.update(self._arena.view[at : at + count])
+            at += count
+
+    def _host(self, number: int) -> torch.Tensor:
+        tensor = self._sources[number]
+        if is_direct(tensor):
+            return tensor
+        if self._on_host is None or self._on_host[0] != number:
+            self._on_host = (number, on_host(tensor))
+        return self._on_host[1]

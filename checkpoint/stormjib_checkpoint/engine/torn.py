@@ -37,8 +37,8 @@ class Copied(NamedTuple):
 
 def changed(copied: Sequence[Copied], seed: int) -> str | None:
     """The first tensor found that is not what was copied; None where there is none."""
-    for one in copied:
-        if version(one.tensor) != one.version:
+    for one, version in zip(copied, versions([one.tensor for one in copied]), strict=True):
+        if version != one.version:
             return one.name
     for one, start, size in _compared(copied, random.Random(seed)):
         if _differs(one, start, size):
@@ -46,9 +46,12 @@ def changed(copied: Sequence[Copied], seed: int) -> str | None:
     return None
 
 
-def version(tensor: torch.Tensor) -> int:
-    """How often torch has seen the tensor change; 0 where it does not count (inference mode)."""
-    return 0 if tensor.is_inference() else tensor._version
+def versions(tensors: Sequence[torch.Tensor]) -> list[int]:
+    """How often torch has seen each tensor change; 0 where it does not count (inference mode)."""
+    try:
+        return [tensor._version for tensor in tensors]
+    except RuntimeError:
+        return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 def _compared(copied: Sequence[Copied], chance: random.Random) -> Iterator[tuple[Copied, int, int]]:

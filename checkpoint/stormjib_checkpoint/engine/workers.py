@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 from concurrent.futures import Future
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+T = TypeVar("T")
 
-class Job:
+
+class Job(Generic[T]):
     """Something to do once, by whoever comes first. How it ends is in `future`."""
 
-    def __init__(self, work: Callable[[], None], future: Future[None] | None = None) -> None:
-        self.future: Future[None] = future if future is not None else Future()
-        self._work: Callable[[], None] | None = work
+    def __init__(self, work: Callable[[], T], future: Future[T] | None = None) -> None:
+        self.future: Future[T] = future if future is not None else Future()
+        self.future.set_running_or_notify_cancel()  # what is asked is done: a future that a caller cancels could not be set
+        self._work: Callable[[], T] | None = work
         self._lock = threading.Lock()
 
     def do(self) -> None:
@@ -26,23 +30,24 @@ class Job:
         if work is None:
             return
         try:
-            work()
+            result = work()
         except BaseException as error:  # noqa: BLE001  whoever asks the future gets it
             self.future.set_exception(error)
         else:
-            self.future.set_result(None)
+            self.future.set_result(result)
 
 
 class Workers:
     """A few threads that take jobs in order. They do not keep the interpreter alive: whoever has them waits for its jobs."""
 
-    def __init__(self, name: str, threads: int = 1) -> None:
-        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+    def __init__(self, name: str, threads: int = 1, nice: int = 0) -> None:
+        self.threads, self._nice = threads, nice
+        self._jobs: queue.SimpleQueue[Job[Any] | None] = queue.SimpleQueue()
         self._threads = [threading.Thread(target=self._run, name=name, daemon=True) for _ in range(threads)]
         for thread in self._threads:
             thread.start()
 
-    def put(self, job: Job) -> Job:
+    def put(self, job: Job[T]) -> Job[T]:
         """Have it done some time."""
         self._jobs.put(job)
         return job
@@ -55,6 +60,8 @@ class Workers:
             thread.join()
 
     def _run(self) -> None:
+        if self._nice:
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), self._nice)
         while (job := self._jobs.get()) is not None:
             job.do()
             del job  # or it would keep a whole model alive until the next one

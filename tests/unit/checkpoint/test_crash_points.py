@@ -1,234 +1,211 @@
-"""FORMAT.md §1, §5, §8: wherever the power is cut, the newest committed step loads, and never a torn one."""
+"""FORMAT.md §1, §5, §8: wherever the power is cut, whatever of the calls without a sync is lost, the newest committed step loads."""
 
 from __future__ import annotations
 
-import errno
-import random
-import sys
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 
-from fakes.disk import Disk
+from fakes.disk import Disk, Entry, Synced, Tree
+from fakes.power import Cutting, live
 from fakes.training import WORLD, loads, plan, save, train
 from stormjib_checkpoint.commit import commit_step
-from stormjib_checkpoint.errors import (
-    CheckpointError,
-    CommitError,
-    DamagedCheckpoint,
-    HistoryError,
-    StorageError,
-    StorageFull,
-)
+from stormjib_checkpoint.errors import CheckpointError, CommitError, DamagedCheckpoint, HistoryError
 from stormjib_checkpoint.history import committed, generations
-from stormjib_checkpoint.layout import GenerationId
 from stormjib_checkpoint.ledger import audit
 from stormjib_checkpoint.opening import open_generation
 from stormjib_checkpoint.retention import retain
 from stormjib_checkpoint.storage import Local
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterator, Sequence
 
 ROOT = "/team/job"
+NOTHING = -1
 
 
-class Moment(NamedTuple):
-    """What a power cut at one operation finds: the disk, and the newest step that was reported as committed."""
+class Promise(NamedTuple):
+    """From entry `since` of a log on: a generation that is opened resumes from `step` or a later one, and knows of `generation`."""
 
-    disk: Disk
-    done: int
+    since: int
+    step: int
+    generation: str
 
 
-def moments(disk: Disk) -> list[Moment]:
-    """Two generations save, commit, fall back and delete; the moment before each operation that changes something."""
-    found: list[Moment] = []
-    done = -1
-    disk.before = lambda _: found.append(Moment(disk.copy(), done))
-    storage = Local(ROOT, disk)
+@dataclass
+class Run:
+    """Calls, and what the library has promised on the way. What was before entry `begin` is looked at in other runs."""
+
+    log: list[Entry]
+    promises: list[Promise] = field(default_factory=lambda: [Promise(0, NOTHING, "")])
+    begin: int = 0
+    start: Tree = field(default_factory=Tree)
+    """What lay on the disk before."""
+
+    def promise(self, step: int, generation: str) -> None:
+        self.promises.append(Promise(len(self.log), step, generation))
+
+
+class Recovered(NamedTuple):
+    """What the next generation found: the step that it resumes from, and the generations before it."""
+
+    step: int
+    generations: frozenset[str]
+
+
+def long_run() -> Run:
+    """Two generations save, commit, fall back and delete."""
+    disk = Disk()
+    run, storage = Run(disk.log), Local(ROOT, disk)
     open_generation(storage, "1.1", "uid")
+    run.promise(NOTHING, "1.1")
     for step in (2, 4, 6):
         train(storage, "1.1", step - 2, step)
-        done = step
+        run.promise(step, "1.1")
         retain(storage, "1.1", 2)
     save(storage, "1.1", 6, 8)  # complete, but nobody commits it: the next generation does
     open_generation(storage, "1.2", "uid")
+    run.promise(8, "1.2")
     for step in (10, 12):
         train(storage, "1.2", step - 2, step)
-        done = step
+        run.promise(step, "1.2")
         retain(storage, "1.2", 2)
-    return found
+    return run
 
 
-def recover(disk: Disk, done: int) -> None:
-    storage = Local(ROOT, disk)
-    resume = open_generation(storage, "2.1", "uid").resume
-    reached = resume.step if resume is not None else -1
-    assert reached >= done, f"step {done} was reported as committed; {reached} is what is left"
-    for point in committed(storage):
-        loads(storage, point)
-    found = audit(storage)
-    assert found.problems == ()
-    assert found.last == reached
-    assert found.differences(plan) == []
+def relied_on_by_an_opener(log: Sequence[Entry]) -> Run:
+    """The process is killed; the next one finds its names, not all of them synced, and opens a generation upon them."""
+    disk = live(log)
+    opening = open_generation(Local(ROOT, disk), "1.3", "uid")
+    run = Run(disk.log, begin=len(disk.log))
+    run.promise(opening.resume.step if opening.resume is not None else NOTHING, "1.3")
+    return run
 
 
-def go_on(disk: Disk) -> None:
-    """After recovery, training, committing and deleting work as if nothing had been."""
-    storage = Local(ROOT, disk)
+def relied_on_by_a_committer(log: Sequence[Entry]) -> Run | None:
+    """The same with a commit that is repeated, where there is something to repeat."""
+    disk = live(log)
+    try:
+        point = commit_step(Local(ROOT, disk), "1.1", WORLD, 2)
+    except (CommitError, HistoryError):
+        return None
+    run = Run(disk.log, begin=len(disk.log))
+    run.promise(point.step, "1.1")
+    return run
+
+
+def cut_again(tree: Tree, promised: Promise) -> Run:
+    """The power comes back, and goes once more while the next generation opens."""
+    disk = Disk(tree.copy())
+    run = Run(disk.log, [promised._replace(since=0)], start=tree)
+    open_generation(Local(ROOT, disk), "1.3", "uid")
+    run.promise(promised.step, "1.3")
+    return run
+
+
+KILLS = range(1, 250)
+"""Entries of the long run after which a process is killed and another goes on."""
+
+
+@pytest.fixture(scope="module")
+def runs() -> list[Run]:
+    whole = long_run()
+    openers = [relied_on_by_an_opener(whole.log[:end]) for end in KILLS]
+    committers = [relied_on_by_a_committer(whole.log[:end]) for end in KILLS]
+    assert sum(run is not None for run in committers) > 20
+    return [whole, *openers, *(run for run in committers if run is not None)]
+
+
+_known: dict[object, Recovered] = {}
+
+
+def recovered(tree: Tree) -> Recovered:
+    """Open the next generation on what is left: every committed step loads bit for bit, the ledger is whole, and training goes on."""
+    key = tree.key()
+    if key not in _known:
+        storage = Local(ROOT, Disk(tree.copy()))
+        before = frozenset(map(str, generations(storage)))
+        resume = open_generation(storage, "2.1", "uid").resume
+        _known[key] = Recovered(resume.step if resume is not None else NOTHING, before)
+        points = committed(storage)
+        for point in points:
+            loads(storage, point)
+        found = audit(storage)
+        assert (found.last, found.problems, found.differences(plan)) == (_known[key].step, (), [])
+        go_on(storage, len(points))
+    return _known[key]
+
+
+def go_on(storage: Local, before: int) -> None:
+    """Training, committing and deleting work as if nothing had been."""
     points = committed(storage)
     above = points[0].step if points else 0
     loads(storage, train(storage, "2.1", above, above + 2))
     retain(storage, "2.1", 2)
-    assert len(committed(storage)) == min(len(points) + 1, 2)
+    assert len(committed(storage)) == min(before + 1, 2)
 
 
-CUTS: dict[str, Callable[[str], bool]] = {
-    "nothing that was not synced": lambda _: False,
-    "every name": lambda _: True,
-    "some names": lambda path: random.Random(path).random() < 0.5,
-    "other names": lambda path: random.Random(path).random() >= 0.5,
-}
-"""What a power cut may leave of names that were not synced; data that was not synced is always lost."""
+def cuts(run: Run, skipped: str) -> Iterator[tuple[int, Tree]]:
+    """What each power cut may leave, and after how many entries it came; as if one line of the library had not asked for its syncs."""
+    cutting = Cutting(run.start)
+    for number, entry in enumerate(run.log, 1):
+        if not (isinstance(entry, Synced) and entry.line == skipped):
+            cutting.go(entry)
+        if number >= run.begin:
+            for tree in cutting.states():
+                yield number, tree
 
 
-def survives(found: Iterable[Moment], left: str) -> None:
-    """Cut the power at each of these moments."""
-    for number, (disk, done) in enumerate(found):
-        after = disk.copy()
-        after.cut(CUTS[left])
-        recover(after, done)
-        if number % 5 == 0:
-            go_on(after)
+def keeps_its_promises(run: Run, skipped: str = "") -> list[tuple[Tree, Promise]]:
+    """Look at each different disk that a cut may leave, and give back all with what was promised then."""
+    checked: dict[object, tuple[Tree, Promise]] = {}
+    for number, tree in cuts(run, skipped):
+        promised = [promise for promise in run.promises if promise.since <= number][-1]
+        key = (tree.key(), promised)
+        if key not in checked:
+            checked[key] = tree, promised
+            found = recovered(tree)
+            assert found.step >= promised.step, f"after {number} calls {found} is left of {promised}"
+            assert not promised.generation or promised.generation in found.generations
+    return list(checked.values())
 
 
-def survives_an_opener_that_relies_on_it(found: Iterable[Moment]) -> None:
-    """Kill a process anywhere; another finds its names, not yet synced, relies on them, and then the power goes."""
-    for disk, _ in found:
-        after = disk.copy()
-        opening = open_generation(Local(ROOT, after), "1.3", "uid")
-        after.cut(CUTS["nothing that was not synced"])
-        assert GenerationId(1, 3) in generations(Local(ROOT, after))
-        recover(after, opening.resume.step if opening.resume is not None else -1)
+def test_every_power_cut_leaves_a_whole_newest_checkpoint(runs: list[Run]) -> None:
+    assert len(runs[0].log) > 400
+    left = keeps_its_promises(runs[0])
+    assert len(left) > 300
+    for tree, promised in left[::20]:
+        assert keeps_its_promises(cut_again(tree, promised))
 
 
-def survives_a_committer_that_relies_on_it(found: Iterable[Moment]) -> int:
-    """The same with a commit that is repeated; how often there was something to repeat."""
-    repeated = 0
-    for disk, _ in found:
-        after = disk.copy()
-        storage = Local(ROOT, after)
-        try:
-            point = commit_step(storage, "1.1", WORLD, 2)
-        except (CommitError, HistoryError):
-            continue
-        repeated += 1
-        after.cut(CUTS["nothing that was not synced"])
-        assert committed(Local(ROOT, after))[-1] == point
-    return repeated
+def test_whoever_relies_on_what_a_killed_process_left_survives_a_power_cut(runs: list[Run]) -> None:
+    for run in runs[1:]:
+        assert keeps_its_promises(run)
 
 
-@pytest.mark.parametrize("left", CUTS)
-def test_every_power_cut_leaves_a_whole_newest_checkpoint(left: str) -> None:
-    """§1.1, §8.3"""
-    found = moments(Disk())
-    assert len(found) > 300
-    assert found[-1].done == 10
-    survives(found, left)
-
-
-def test_a_generation_opened_on_a_dead_ones_names_survives_a_power_cut() -> None:
-    survives_an_opener_that_relies_on_it(moments(Disk())[:200])
-
-
-def test_a_commit_repeated_after_its_committer_died_survives_a_power_cut() -> None:
-    assert survives_a_committer_that_relies_on_it(moments(Disk())[:200]) > 20
-
-
-class Skipping(Disk):
-    """Leaves out the syncs that one line of the library asks for, here and in its copies. Remembers which lines have asked."""
-
-    def __init__(self, skipped: str, lines: set[str]) -> None:
-        super().__init__()
-        self._skipped, self._lines = skipped, lines
-
-    def sync(self, descriptor: int) -> None:
-        self.syncs_files = self._wanted()
-        super().sync(descriptor)
-
-    def sync_folder(self, path: str) -> None:
-        self.syncs_folders = self._wanted()
-        super().sync_folder(path)
-
-    def fresh(self) -> Disk:
-        return Skipping(self._skipped, self._lines)
-
-    def _wanted(self) -> bool:
-        caller = sys._getframe(2)
-        line = f"{caller.f_code.co_name}, line {caller.f_lineno - caller.f_code.co_firstlineno}"
-        self._lines.add(line)
-        return line != self._skipped
-
-
-def harmed(skipped: str, lines: set[str]) -> bool:
+def harmed(runs: Sequence[Run], skipped: str) -> bool:
     """Whether some power cut then loses or tears something."""
-    found = moments(Skipping(skipped, lines))
     try:
-        survives_an_opener_that_relies_on_it(found[:200:5])
-        survives_a_committer_that_relies_on_it(found[:200:5])
-        for left in CUTS:
-            survives(found[::5], left)
+        for run in runs:
+            keeps_its_promises(run, skipped)
     except (AssertionError, CheckpointError):
         return True
     return False
 
 
-def test_each_single_sync_is_needed() -> None:
+def test_each_single_sync_is_needed(runs: list[Run]) -> None:
     """§1.1, §8.3"""
-    lines: set[str] = set()
-    assert not harmed("", lines)
+    lines = {entry.line for run in runs for entry in run.log if isinstance(entry, Synced)}
     assert len(lines) >= 6
-    assert [line for line in sorted(lines) if not harmed(line, set())] == []
-
-
-@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO])
-def test_a_failed_operation_is_told_and_harms_no_other_step(error: int) -> None:
-    base = Disk()
-    storage = Local(ROOT, base)
-    open_generation(storage, "1.1", "uid")
-    before = base.operations
-    train(storage, "1.1", 0, 2)
-    middle = base.operations
-    train(storage, "1.1", 2, 4)
-    total = base.operations
-    assert before < middle < total
-    for number in range(middle + 1, total + 1):
-        disk = Disk()
-        disk.error = error
-        disk.fail_at = number
-        storage = Local(ROOT, disk)
-        open_generation(storage, "1.1", "uid")
-        first = train(storage, "1.1", 0, 2)
-        told = None
-        try:
-            train(storage, "1.1", 2, 4)
-        except StorageError as failure:
-            told = failure
-        # Failing to remove a temporary name is the one failure that needs no telling.
-        assert told is None or isinstance(told, StorageFull) == (error == errno.ENOSPC)
-        assert committed(storage)[-1] == first
-        for point in committed(storage):
-            loads(storage, point)
-        loads(storage, train(storage, "1.1", 2, 6))
-        assert audit(storage).differences(plan) == []
+    assert [line for line in sorted(lines) if not harmed(runs, line)] == []
 
 
 def test_a_name_without_its_bytes_is_damage_and_not_a_checkpoint() -> None:
     disk = Disk()
-    disk.syncs_files = False
     storage = Local(ROOT, disk)
     open_generation(storage, "1.1", "uid")
     point = train(storage, "1.1", 0, 2)
-    disk.cut(CUTS["every name"])
+    disk.tree.files = dict.fromkeys(disk.tree.files, b"")
     with pytest.raises(DamagedCheckpoint, match=r"MANIFEST\.json"):
         loads(storage, point)

@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from fakes.meshes import filled, raw, zeros
-from stormjib_checkpoint.engine import Engine, Save, memory
+from stormjib_checkpoint.engine import Engine, Save, memory, pipeline, staging
 from stormjib_checkpoint.engine import arena as arenas
 from stormjib_checkpoint.errors import (
     ArenaTooLarge,
@@ -97,12 +97,16 @@ def assert_saved(engine: Engine, save: Save, wanted: Mapping[str, Value]) -> Non
         assert same, name
 
 
+def arena_of(engine: Engine) -> arenas.Arena:
+    """Where it stages, without a node's memory."""
+    return engine._berths._berths[0].arena
+
+
 @contextmanager
 def held(engine: Engine, state: Mapping[str, Value], piece: int = -1) -> Iterator[threading.Event]:
     """Within it, copying gets as far as a piece (the last one), which sets the event, and no further."""
     engine.reserve(state)
-    arena, planned = engine._arena, engine._plan
-    assert arena is not None
+    arena, planned = arena_of(engine), engine._plan
     assert planned is not None
     number = range(-(-planned.image.size // PIECE))[piece]
     reached, go_on = threading.Event(), threading.Event()
@@ -132,6 +136,7 @@ def test_the_state_of_the_call_is_saved_while_the_optimizer_goes_on(engine: Engi
         step(model, optimizer)
     for save, wanted in saves[-2:]:  # the older ones are deleted by now
         assert_saved(engine, save, wanted)
+    engine.wait()
     assert [point.step for point in committed(engine.storage)] == [5, 4]
 
 
@@ -151,6 +156,47 @@ def test_the_optimizer_waits_until_the_last_byte_is_copied(engine: Engine) -> No
     assert save.figures.waited_s > 0.1
     assert_saved(engine, save, wanted)
     assert raw(model.table.weight) != raw(wanted["model.table.weight"])
+
+
+@pytest.mark.parametrize("hands", [0, 3])
+def test_whoever_waits_copies_and_so_do_the_hands_kept_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hands: int
+) -> None:
+    """The thread that copies gets no processor time, because training has them all: it is held at its first piece."""
+    monkeypatch.setattr(pipeline, "hands", lambda: hands)
+    engine = Engine(tmp_path / "job")
+    state: dict[str, Value] = {"table": torch.randn(8 * PIECE // 4)}
+    with held(engine, state, piece=0) as reached:
+        save = engine.async_save(state, step=1)
+        assert reached.wait(SOON_S)
+        workers: set[threading.Thread] = set()
+        all_here, fill = threading.Event(), staging.Copying._fill
+
+        def noted(copying: staging.Copying, piece: int) -> str:
+            workers.add(threading.current_thread())
+            if len(workers) > hands:
+                all_here.set()
+            assert all_here.wait(SOON_S)
+            return fill(copying, piece)
+
+        monkeypatch.setattr(staging.Copying, "_fill", noted)
+        waiting = threading.Thread(target=engine.guard, name="waiting")
+        waiting.start()
+        assert all_here.wait(SOON_S), "they have not all come"
+        assert sorted(thread.name for thread in workers) == ["stormjib-hand"] * hands + ["waiting"]
+        assert not save.staging_completion.done()
+    waiting.join(SOON_S)
+    assert_saved(engine, save, state)
+    engine.close()
+
+
+def test_what_has_to_be_brought_to_the_host_first_is_there_once_at_a_time(engine: Engine) -> None:
+    state: dict[str, Value] = {
+        str(n): torch.randn(PIECE // 4, 3).t() for n in range(6)
+    }  # no plain memory: it has to be laid out first
+    save = engine.async_save(state, step=1)
+    engine.guard()
+    assert_saved(engine, save, state)
 
 
 def test_an_optimizer_in_the_backward_pass_waits_too(engine: Engine) -> None:
@@ -357,10 +403,10 @@ def test_a_state_of_another_form_is_planned_anew(engine: Engine) -> None:
 def test_memory_is_taken_before_the_first_save(engine: Engine, amsgrad: bool) -> None:
     model, optimizer = trained(0, amsgrad=amsgrad)
     engine.prepare(model, optimizer)
-    before = engine._arena
+    before = arena_of(engine)
     step(model, optimizer)
     engine.async_save(collect(model, optimizer), step=1).upload_completion.result(SOON_S)
-    assert (engine._arena is before) != amsgrad, (
+    assert (arena_of(engine) is before) != amsgrad, (
         "three moments are more than is expected, and are saved all the same"
     )
 
@@ -368,10 +414,9 @@ def test_memory_is_taken_before_the_first_save(engine: Engine, amsgrad: bool) ->
 def test_a_third_save_waits_and_says_so(engine: Engine) -> None:
     state: dict[str, Value] = {"a": torch.randn(3000, 4)}
     engine.reserve(state)
-    assert engine._arena is not None
-    engine._arena.take(0)
+    arena_of(engine).take(0)
     saves = [engine.async_save(state, step=number) for number in (1, 2)]
-    threading.Timer(0.2, engine._arena.free, [0]).start()
+    threading.Timer(0.2, arena_of(engine).free, [0]).start()
     third = engine.async_save(state, step=3)
     assert third.figures.busy_s > 0.1
     assert third.figures.call_s >= third.figures.busy_s

@@ -28,7 +28,7 @@ from stormjib_checkpoint.errors import (
     FormatError,
     Inconsistent,
 )
-from stormjib_checkpoint.format import DoubtFile, GenerationFile, ResumePoint
+from stormjib_checkpoint.format import DoubtFile, GenerationFile, ResumePoint, TrainFile
 from stormjib_checkpoint.history import history, newest, write_generation
 from stormjib_checkpoint.keys import KEY_FILE, from_environment
 from stormjib_checkpoint.layout import GenerationId
@@ -127,6 +127,27 @@ def test_a_committer_with_a_key_signs_nothing_that_a_rank_has_not_signed(tmp_pat
     open_generation(storage, "1.1", "uid")
     save(Local(tmp_path), "1.1", 0, 10)
     with pytest.raises(Inconsistent, match=r"rank-00000\.json has no HMAC"):
+        commit_step(storage, "1.1", WORLD, 10)
+    assert newest(storage) is None
+
+
+@pytest.mark.parametrize(
+    ("forge", "message"),
+    [
+        (lambda data: canonical({k: v for k, v in json.loads(data).items() if k != "hmac"}), "has no HMAC"),
+        (lambda data: data.replace(b'"step":10}', b'"step":11}'), "has another HMAC"),
+        (lambda _: encode(TrainFile(9, GenerationId(1, 1), {}), KEY), r"is of step 9 of 1\.1"),
+        (lambda data: data[:-9], "is no JSON of ours"),
+    ],
+)
+def test_a_committer_looks_at_what_the_trainer_left_too(tmp_path: Path, forge: Any, message: str) -> None:
+    """§5.1, §10.2"""
+    storage = Local(tmp_path, key=KEY)
+    open_generation(storage, "1.1", "uid")
+    save(storage, "1.1", 0, 10)
+    path = tmp_path / "step-00000010/g1.1/train.json"
+    path.write_bytes(forge(path.read_bytes()))
+    with pytest.raises(Inconsistent, match=rf"train\.json {message}"):
         commit_step(storage, "1.1", WORLD, 10)
     assert newest(storage) is None
 

@@ -27,13 +27,14 @@ from stormjib_checkpoint.errors import UnsupportedState
 from stormjib_checkpoint.format import AS_BYTES, ITEM_BYTES, PIECE_BYTES, DataFile
 from stormjib_checkpoint.image import image_of
 from stormjib_checkpoint.layout import GenerationId
+from stormjib_checkpoint.left import leave
 from stormjib_checkpoint.opening import open_generation
 from stormjib_checkpoint.reader import Checkpoint, load
 from stormjib_checkpoint.shardfile import Entry, header
 from stormjib_checkpoint.storage import Local
 from stormjib_checkpoint.tensors import DTYPES, TAGS, Held
 from stormjib_checkpoint.tensors import held as held_of
-from stormjib_checkpoint.writer import Part, leave_record
+from stormjib_checkpoint.writer import Part, records_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -195,7 +196,8 @@ def leave_sparse(storage: Local, root: Path, part: Held) -> None:
     pieces += [xxhash.xxh3_64_hexdigest(bytes(PIECE_BYTES))] * (file.size // PIECE_BYTES - 1)
     pieces += [xxhash.xxh3_64_hexdigest(bytes(file.size % PIECE_BYTES))]
     data_file = DataFile(file.size, PIECE_BYTES, tuple(pieces))
-    leave_record(storage, Part(1, GenerationId(1, 1), 0, 2), data_file, file, {}, {}, {})
+    who = Part(1, GenerationId(1, 1), 0, 2)
+    leave(storage, who.step, who.generation, who.rank, records_of(who, data_file, file, {}, {}, {}, None))
 
 
 def named(count: int, length: int) -> dict[str, Any]:

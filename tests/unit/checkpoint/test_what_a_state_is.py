@@ -341,8 +341,8 @@ def test_shards_are_tied_also_where_a_rank_has_none_of_them(
     generation = open_next(storage).generation
     for rank in range(4):
         local = rows(0)[rank : rank + 1].clone()
-        whole = {"shape": torch.Size((3, 2)), "stride": (2, 1)}
-        weight = DTensor.from_local(local, mesh, [Shard(0)], run_check=False, **whole)
+        size = torch.Size((3, 2))
+        weight = DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=size, stride=(2, 1))
         monkeypatch.setattr(type(mesh), "get_coordinate", lambda _, at=rank: [at])
         state = {"emb": weight, "head": weight.detach(), "bare": torch.zeros(0, 2)}
         save_rank(

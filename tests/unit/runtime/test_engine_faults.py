@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
+
 from fakes.runtime import World, bounds, last_fault, running_world
+from stormjib_runtime.engine import AUDIBLE, REST_S
 from stormjib_runtime.faults import CONFIRM_S, MESSAGE_BYTES
 from stormjib_runtime.wire import (
     EXIT_RESUME_FAILED,
     EXIT_STOPPED,
+    HEARTBEAT_S,
     AgentPhase,
     Cause,
     Do,
@@ -87,11 +91,33 @@ def test_old_ranks_end_before_the_next_generation_is_prepared() -> None:
     world = running_world()
     world.agents[0].rank(0, exit=-9)
     world.deliver(0)
+    world.deliver(0)
+    assert world.phase(0) is AgentPhase.IDLE, "slot 1 may still hold steps that the storage does not"
     world.deliver(1)
+    world.deliver(1)
+    world.deliver(0)
     assert world.phase(0) is AgentPhase.PREPARED
     assert world.agents[1].last is not None
     assert world.agents[1].last.do is Do.WAIT
     assert world.agents[1].ranks == ()
+
+
+@pytest.mark.parametrize("heard", [True, False])
+def test_nobody_waits_long_for_the_steps_of_a_node_that_does_not_come_to_rest(heard: bool) -> None:
+    """A rank that no signal ends, in a slot that is replaced; or an agent that is not heard any more."""
+    world = running_world(bounds(2, 2, spares=1))
+    stuck = world.agents[1]
+    stuck._end = lambda phase: None  # type: ignore[method-assign]
+    world.change(excluded=("pod-1",))
+    world.settle()
+    if not heard:
+        world.cut.add(1)
+    limit = REST_S if heard else AUDIBLE * HEARTBEAT_S
+    world.pass_time(limit - 1)
+    assert (world.phase(0), world.phase(2)) == (AgentPhase.IDLE, AgentPhase.IDLE)
+    world.pass_time(2)
+    assert world.slots == [0, 2]
+    assert world.phase(0) is AgentPhase.RUNNING
 
 
 def test_a_resume_point_that_cannot_be_loaded_is_refused_and_not_counted() -> None:

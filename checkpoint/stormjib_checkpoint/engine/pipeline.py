@@ -1,0 +1,194 @@
+"""The threads that a save goes through: to memory, and to the storage."""
+
+from __future__ import annotations
+
+import marshal
+import os
+from concurrent.futures import Future, wait
+from typing import TYPE_CHECKING
+
+from stormjib_checkpoint import layout
+from stormjib_checkpoint.engine import torn
+from stormjib_checkpoint.engine.flush import NICE, Handover, flush
+from stormjib_checkpoint.engine.staging import Copying
+from stormjib_checkpoint.engine.workers import Job, Workers
+from stormjib_checkpoint.errors import SaveError, TornCopy
+from stormjib_checkpoint.format import DataFile
+from stormjib_checkpoint.left import leave
+from stormjib_checkpoint.writer import records_of, told_as_saved
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import torch
+
+    from stormjib_checkpoint.engine.gate import Gate
+    from stormjib_checkpoint.engine.saving import Save, Taken
+    from stormjib_checkpoint.left import Records
+    from stormjib_checkpoint.storage import Storage
+
+IN_FLIGHT = 2
+"""Saves that are not on the storage yet; a call for one more waits, and says for how long."""
+IDLE = 19
+"""Niceness of what shall take nothing but processor time that nobody else wants."""
+HANDS = 4
+"""Threads that copy together at most while an optimizer waits: more do not make memory faster."""
+
+
+class Staging:
+    """The copying of one save. It takes what processor time is left over, until an optimizer waits for it."""
+
+    def __init__(self, hands: Workers, copy: Callable[[Future[Copying]], None], done: Future[None]) -> None:
+        self._hands = hands
+        self._begun: Future[Copying] = Future()
+        self.job = Job(lambda: copy(self._begun), done)
+
+    @property
+    def done(self) -> bool:
+        """It is over, one way or the other."""
+        return self.job.future.done()
+
+    def hurry(self) -> None:
+        """Copy in this thread too, which has nothing better to do, and in those that are kept for it; until it is done."""
+        for _ in range(self._hands.threads):
+            self._hands.put(Job(self._join))
+        self.job.do()
+        self._join()
+        wait([self.job.future])
+
+    def _join(self) -> None:
+        if self._begun.exception() is None:
+            self._begun.result().work()
+
+
+class Pipeline:
+    """Takes saves from the call to the storage. `commit` is asked for each step that is durable here, and `tidy` after it."""
+
+    def __init__(
+        self, storage: Storage, gate: Gate, commit: Callable[[Save], None], tidy: Callable[[Save], None]
+    ) -> None:
+        self._storage, self._gate, self._commit, self._tidy = storage, gate, commit, tidy
+        self._stage = Workers("stormjib-stage", nice=IDLE)
+        self._hands = Workers("stormjib-hand", hands())
+        self._tell = Workers("stormjib-tell", nice=NICE)
+        self._flush = Workers("stormjib-flush", IN_FLIGHT, nice=NICE)
+        self._tidying = Workers("stormjib-tidy", nice=IDLE)
+
+    def begin(self, save: Save, taken: Taken, older: Save | None) -> None:
+        """Shut the gate and let it go. `older` is the save before: steps are staged, and committed, in order."""
+        handover, staged = Handover(), Future[DataFile]()
+        staging = Staging(
+            self._hands,
+            lambda begun: self._to_memory(save, taken, handover, begun, staged),
+            save.staging_completion,
+        )
+        told = self._tell.put(Job(lambda: _told(taken, staged, self._storage.key))).future
+        self._gate.shut(staging, save.figures)
+        self._flush.put(
+            Job(lambda: self._to_storage(save, taken, older, handover, told), save.upload_completion)
+        )
+        self._stage.put(staging.job)
+        self._tidying.put(Job(lambda: self._tidy_after(save)))
+
+    def tidied(self) -> None:
+        """Until what has been asked of `tidy` so far is done."""
+        self._tidying.put(Job(lambda: None)).future.result()
+
+    def close(self) -> None:
+        """Wait for all saves that have begun."""
+        for workers in (self._stage, self._hands, self._tell, self._flush, self._tidying):
+            workers.close()
+
+    def _to_memory(
+        self,
+        save: Save,
+        taken: Taken,
+        handover: Handover,
+        begun: Future[Copying],
+        staged: Future[DataFile],
+    ) -> None:
+        try:
+            taken.ready()
+            data = self._copy(save, taken, handover, begun)
+            save.figures.staged_s = save.age_s()
+        except BaseException as error:
+            if not begun.done():
+                begun.set_exception(error)
+            handover.end(error)
+            staged.set_exception(error)
+            raise
+        handover.end()
+        staged.set_result(data)
+
+    def _copy(self, save: Save, taken: Taken, handover: Handover, begun: Future[Copying]) -> DataFile:
+        found = taken.plan.locals_of(taken.tensors)
+        if found is None:
+            raise SaveError(
+                f"step {save.step} is not saved: the type or the sharding of a tensor is not what it was at the save before. "
+                "The next save is planned anew."
+            )
+        parts = taken.plan.image.parts
+        sources = [taken.clones.get(p.name, local) for p, local in zip(parts, found, strict=True)]
+        if taken.berth.slot is not None:
+            taken.berth.slot.clear()
+        copying = Copying(taken.plan.image, sources, taken.berth.arena, handover.put)
+        begun.set_result(copying)
+        data = copying.finish()
+        name = torn.changed(self._copied(taken, found), save.step)
+        if name is not None:
+            raise TornCopy(
+                f"step {save.step} is not saved: {name} changed while it was copied. Call the engine's guard() before "
+                "whatever changes it, or name it in volatile="
+            )
+        return data
+
+    def _copied(self, taken: Taken, found: Sequence[torch.Tensor]) -> list[torn.Copied]:
+        guarded = self._gate.guarded()
+        file = taken.plan.image
+        rows = zip(file.parts, file.starts, taken.tensors, taken.versions, found, strict=True)
+        return [
+            torn.Copied(
+                part.name,
+                tensor,
+                version,
+                local,
+                taken.berth.arena.address + start,
+                local.untyped_storage().data_ptr() in guarded,
+            )
+            for part, start, tensor, version, local in rows
+            if part.name not in taken.clones
+        ]
+
+    def _to_storage(
+        self, save: Save, taken: Taken, older: Save | None, handover: Handover, told: Future[Records]
+    ) -> None:
+        who = taken.who
+        path = f"{layout.folder(who.step, who.generation)}/{layout.rank_data(who.rank)}"
+        with told_as_saved(who):
+            flush(self._storage, path, taken.plan.image.size, taken.berth.arena, handover)
+            leave(self._storage, who.step, who.generation, who.rank, told.result())
+        save.figures.durable_s = save.age_s()
+        if older is not None:
+            wait([older.upload_completion])
+        self._commit(save)
+
+    def _tidy_after(self, save: Save) -> None:
+        wait([save.upload_completion])
+        if save.point is not None:
+            self._tidy(save)
+
+
+def _told(taken: Taken, staged: Future[DataFile], key: bytes | None) -> Records:
+    """What is said of the data, once it is staged. A slot that holds it says so from then on: it is safe from the death of this process."""
+    data = staged.result()
+    scalars, train = marshal.loads(taken.scalars), marshal.loads(taken.train)
+    records = records_of(taken.who, data, taken.plan.image, scalars, train, taken.samples, key)
+    if taken.berth.slot is not None:
+        taken.berth.slot.tell(records)
+    return records
+
+
+def hands() -> int:
+    """Threads that help whoever waits: this rank's share of the node's processors, itself left out."""
+    share = len(os.sched_getaffinity(0)) // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(0, min(share, HANDS) - 1)

@@ -1,0 +1,101 @@
+"""The newest steps of a node's ranks in its memory: files on a memory-backed volume, which outlive ranks and their container.
+
+    MEMORY/<local rank>/<slot>/data         the rank's data file as it will lie on the storage, filled up to whole pages
+                               record.json  its record: there only while the data is whole
+                               train.json   rank 0's
+
+Two slots per rank, used in turn, and each only when its step is on the storage: so whatever a rank has staged is either here or there.
+That a record is there proves nothing. Whoever uses a slot compares its pieces with the hashes in it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import TYPE_CHECKING, NamedTuple
+
+from stormjib_checkpoint import layout
+from stormjib_checkpoint.errors import FormatError, NotThere
+from stormjib_checkpoint.format import RankFile
+from stormjib_checkpoint.left import Records
+from stormjib_checkpoint.records import decode
+from stormjib_checkpoint.storage import Local
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from stormjib_checkpoint.storage import Opened
+
+SLOTS = 2
+_DATA, _RECORD, _TRAIN = "data", "record.json", "train.json"
+
+
+class Slot:
+    """Room for one step of one rank."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.data = folder / _DATA
+
+    def clear(self) -> None:
+        """What is in it is no step any longer: to be called before its data changes."""
+        for name in (_RECORD, _TRAIN):
+            (self.folder / name).unlink(missing_ok=True)
+
+    def tell(self, records: Records) -> None:
+        """Its data is whole, and this is what it is."""
+        if records.train is not None:
+            (self.folder / _TRAIN).write_bytes(records.train)
+        fresh = self.folder / f".{_RECORD}"
+        fresh.write_bytes(records.rank)
+        os.replace(fresh, self.folder / _RECORD)
+
+
+class Staged(NamedTuple):
+    """One rank's part of a step, as its slot says."""
+
+    slot: Slot
+    record: RankFile
+    records: Records
+
+
+def slots_of(memory: Path, local_rank: int) -> list[Slot]:
+    """The slots of one rank of the node, made where they are not there."""
+    slots = [Slot(memory / str(local_rank) / str(number)) for number in range(SLOTS)]
+    for slot in slots:
+        slot.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return slots
+
+
+def staged(memory: Path, key: bytes | None = None) -> Iterator[Staged]:
+    """What the slots of a node say they hold. One that says nothing we understand, or that is not signed with our key, holds nothing."""
+    for record in sorted(memory.glob(f"*/*/{_RECORD}")):
+        with contextlib.suppress(FormatError, OSError):
+            yield _staged(Slot(record.parent), key)
+
+
+def _staged(slot: Slot, key: bytes | None) -> Staged:
+    rank = (slot.folder / _RECORD).read_bytes()
+    record = decode(RankFile, rank, str(slot.folder / _RECORD), key)
+    train = (slot.folder / _TRAIN).read_bytes() if record.rank == 0 else None
+    return Staged(slot, record, Records(rank, train))
+
+
+class Near:
+    """Data files of the storage that are in this node's memory too."""
+
+    def __init__(self, memory: Path, key: bytes | None = None) -> None:
+        self._files = Local(memory)
+        self._there = {
+            f"{layout.folder(one.record.step, one.record.generation)}/{layout.rank_data(one.record.rank)}": str(
+                one.slot.data.relative_to(memory)
+            )
+            for one in staged(memory, key)
+        }
+
+    def open(self, path: str) -> contextlib.AbstractContextManager[Opened]:
+        """As the storage's `open`; the file may be longer, by less than a page. Raises NotThere."""
+        if path not in self._there:
+            raise NotThere(path, "not in this node's memory", "Read it from the storage.")
+        return self._files.open(self._there[path])
