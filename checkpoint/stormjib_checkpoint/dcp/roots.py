@@ -16,9 +16,9 @@ OURS = "dcp"
 """Key in `train.json` of what DCP saves besides tensors: `objects` by name, and `paths`, where each name lies in the nested state."""
 
 
-def storage_at(root: Root | Storage) -> Storage:
-    """The storage of a folder or of the URL of a store, or the one that was given."""
-    return open_storage(root) if isinstance(root, (str, os.PathLike)) else root
+def storage_at(root: Root | Storage, *, write: bool = False) -> Storage:
+    """The storage of a folder or of the URL of a store, or the one that was given. Raises StorageError, as `open_storage`."""
+    return open_storage(root, write=write) if isinstance(root, (str, os.PathLike)) else root
 
 
 def is_root(checkpoint_id: object) -> bool:

@@ -69,7 +69,7 @@ class StormjibWriter(StorageWriter):
 
     def __init__(self, root: Root | Storage | None = None, *, keep_last: int = 2) -> None:
         """`root` is for calls that name no checkpoint_id. `keep_last`: how many saves into one root are kept."""
-        self._given = storage_at(root) if root is not None else None
+        self._given = storage_at(root, write=True) if root is not None else None
         self._keep_last = keep_last
         self._now = _Saving()
         self._lines: dict[object, _Line] = {}
@@ -82,7 +82,7 @@ class StormjibWriter(StorageWriter):
 
     def reset(self, checkpoint_id: Root | None = None) -> None:
         """The next save of this thread goes there."""
-        self._now.storage = storage_at(checkpoint_id) if checkpoint_id is not None else None
+        self._now.storage = storage_at(checkpoint_id, write=True) if checkpoint_id is not None else None
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """Raises SaveError where DCP is asked for what it cannot do with us."""

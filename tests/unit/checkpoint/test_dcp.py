@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint._hf_utils import DTYPE_MAP
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
@@ -180,6 +181,19 @@ def test_an_engines_checkpoint_loads_and_is_proved(tmp_path: Path) -> None:
     with_types = {"model": {"weight": torch.zeros(4, 6, dtype=torch.float64)}}
     load(tmp_path, with_types)
     assert torch.equal(with_types["model"]["weight"], model.weight.double())
+
+
+def test_torchs_own_reader_loads_what_an_engine_saved_in_every_type_that_it_knows(tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    saved = {f"of.{tag}": (100 * torch.randn(7, 3)).to(dtype) for tag, dtype in DTYPE_MAP.items()}
+    engine = Engine(tmp_path)
+    engine.async_save(saved, step=1)
+    engine.wait()
+    engine.close()
+    found = {name: torch.zeros_like(value) for name, value in saved.items()}
+    dcp_load(found, storage_reader=HuggingFaceStorageReader(str(tmp_path / "step-00000001/g0.1")))
+    assert len(found) == 9
+    assert all(torch.equal(found[name], value) for name, value in saved.items())
 
 
 def test_everything_can_be_loaded_without_a_model(tmp_path: Path) -> None:
