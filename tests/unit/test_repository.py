@@ -55,6 +55,24 @@ def test_the_checkpoint_child_runs_on_the_standard_library_alone() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, '{"id":1,"storage":null}\n', "")
 
 
+def test_the_page_of_metrics_names_each_and_no_other() -> None:
+    def source(path: str) -> str:
+        return (ROOT / path).read_text()
+
+    told = source("trainer_image/stormjib_runtime/narrate.py")
+    parts = re.findall(r'_family\(\s*"(\w+)",.*?\)(?=,|\n)', told, re.DOTALL)
+    written = {name for path in OPERATOR_METRICS for name in re.findall(r'"(stormjib_\w+)"', source(path))}
+    page = set(re.findall(r"`(stormjib_\w+)(?:\{\w+=\})?` \|", source("docs/metrics.md")))
+    of_coordinator = {name.split("_", 2)[2] for name in page if name.split("_")[1] in COORDINATORS}
+    assert of_coordinator == set(parts)
+    assert {name for name in page if name.split("_")[1] not in COORDINATORS} == written
+
+
+OPERATOR_METRICS = (
+    "operator/stormjib_operator/metrics.py",
+    "operator/stormjib_operator/isolation/metrics.py",
+)
+COORDINATORS = ("job", "health", "checkpoint")
 PARTS = (
     "stormjib_checkpoint.engine",
     "stormjib_checkpoint.dcp",
