@@ -17,6 +17,7 @@ from stormjib_checkpoint.errors import (
     Incomplete,
     Inconsistent,
     MediumFailed,
+    MissingCheckpoint,
     NotThere,
     StepPassed,
 )
@@ -87,7 +88,10 @@ def secured(storage: Storage, point: ResumePoint) -> ResumePoint:
     """
     CommittedStep(storage, point).check()
     owner = GenerationId.parse(point.generation)
-    _create(storage, layout.manifest(point.step, owner), _manifest(storage, point.step, owner))
+    try:
+        _create(storage, layout.manifest(point.step, owner), _manifest(storage, point.step, owner))
+    except NotThere as error:
+        raise MissingCheckpoint(f"step {point.step} of {owner} was deleted meanwhile") from error
     return point
 
 
