@@ -21,6 +21,7 @@ from stormjib_checkpoint.storage import Local
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+pytestmark = pytest.mark.timeout(300)
 ROOT = "/team/job"
 NOTHING = -1
 
