@@ -17,7 +17,8 @@ from stormjib_checkpoint.engine import arena as arenas
 from stormjib_checkpoint.errors import NoUsableCheckpoint, StorageError, StorageFull
 from stormjib_checkpoint.history import committed, saves
 from stormjib_checkpoint.ledger import audit
-from stormjib_checkpoint.opening import open_generation
+from stormjib_checkpoint.opening import Opening, open_generation, open_next
+from stormjib_checkpoint.retention import retain
 from stormjib_checkpoint.storage import Local
 
 if TYPE_CHECKING:
@@ -125,25 +126,52 @@ def test_a_file_whose_sync_failed_is_never_synced_again(engine: Engine, switch: 
     assert [call.name for call in after] == ["unlink", "close"]
 
 
-def test_whichever_call_fails_no_other_step_is_harmed() -> None:
-    first = Disk()
-    open_generation(Local(ROOT, first), "1.1", "uid")
-    good = training.train(Local(ROOT, first), "1.1", 0, 2)
+ACTIONS: dict[str, Callable[[Local], object]] = {
+    "a save and its commit": lambda storage: training.train(storage, "1.1", 8, 10),
+    "opening the next generation": open_next,
+    "deleting old steps": lambda storage: retain(storage, "1.1", 2),
+}
+
+
+@pytest.fixture(scope="module")
+def trained() -> Disk:
+    """Steps 2, 4 and 6 are committed; 8 is whole, and its commit is still to come."""
+    disk = Disk()
+    storage = Local(ROOT, disk)
+    open_generation(storage, "1.1", "uid")
+    for step in (2, 4, 6):
+        training.train(storage, "1.1", step - 2, step)
+    training.save(storage, "1.1", 6, 8)
+    return disk
+
+
+def go_on(storage: Local, opening: Opening) -> None:
+    assert opening.resume is not None
+    training.loads(storage, training.train(storage, opening.generation, opening.resume.step, 12))
+    retain(storage, opening.generation, 2)
+    assert len(committed(storage)) == 2
+    found = audit(storage)
+    assert [one.step for one in found.differences(training.plan) if one.step not in found.gaps()] == []
+
+
+@pytest.mark.parametrize("action", ACTIONS)
+def test_whichever_call_fails_the_next_generation_finds_the_newest_step(trained: Disk, action: str) -> None:
     number, fired = 0, True
     while fired:
         number += 1
         fault = Failing("*", "*", (errno.EIO, errno.ENOSPC)[number % 2], first=number)
-        disk = Disk(first.tree.copy())
+        disk = Disk(trained.tree.copy())
         with contextlib.suppress(StorageError):
-            training.train(Local(ROOT, watched(disk, fault)), "1.1", 2, 4)
+            ACTIONS[action](Local(ROOT, watched(disk, fault)))
         fired = fault.fired > 0
         storage = Local(ROOT, disk)
-        assert committed(storage)[-1] == good
-        training.loads(storage, training.train(storage, "1.1", 2, 6))
-        for point in committed(storage):
-            training.loads(storage, point)
-        assert audit(storage).differences(training.plan) == []
-    assert number > 100
+        opening = open_next(storage)
+        assert opening.resume is not None
+        assert opening.resume.step >= 6
+        training.loads(storage, opening.resume)
+        if number % 5 == 0:
+            go_on(storage, opening)
+    assert number > 40
 
 
 @pytest.mark.parametrize("call", ["unlink", "sync_folder", "rmdir"])
