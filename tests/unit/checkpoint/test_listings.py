@@ -38,14 +38,13 @@ ROOT = "/team/job"
 class Lies:
     """A hook: listings leave out names and show deleted ones, by chance. `told` counts those that were not the truth."""
 
-    def __init__(self, seed: int, folders: str = "*") -> None:
+    def __init__(self, seed: int) -> None:
         self.told = 0
         self._chance = random.Random(seed)
-        self._folders = folders
         self._ever: dict[str, set[str]] = {}
 
     def __call__(self, call: Call, do: Callable[..., Any]) -> Any:
-        if not call.is_a("names", self._folders):
+        if call.name != "names":
             return do(*call.arguments)
         try:
             truth = set(do(*call.arguments))
