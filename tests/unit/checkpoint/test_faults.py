@@ -108,6 +108,21 @@ def test_and_a_process_that_then_dies_leaves_a_whole_step(
     assert next_life(Local(ROOT, disk)) in (2, 3)
 
 
+@pytest.mark.parametrize("number", range(1, 7))
+def test_a_step_is_not_committed_before_each_folder_is_synced(
+    engine: Engine, switch: Switch, disk: Disk, number: int
+) -> None:
+    """Its own name, then after data, train, record, index and manifest: whoever finds the name later must sync it first."""
+    switch.hook = fault = Failing("sync_folder", "*step-00000003*", errno.EIO, first=number)
+    spoiled = begin(engine, 3)
+    assert isinstance(spoiled.upload_completion.exception(SOON_S), StorageError)
+    assert spoiled.point is None
+    assert fault.fired == 1
+    assert save(engine, 4) is None
+    engine.close()
+    assert next_life(Local(ROOT, disk)) == 4
+
+
 @pytest.mark.parametrize("path", [DATA, RECORD, MANIFEST])
 def test_a_file_whose_sync_failed_is_never_synced_again(engine: Engine, switch: Switch, path: str) -> None:
     """The kernel may have dropped its bytes and called them clean: a second sync that succeeds says nothing."""
