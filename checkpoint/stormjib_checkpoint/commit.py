@@ -30,7 +30,7 @@ from stormjib_checkpoint.format import (
     RankFile,
     ResumePoint,
 )
-from stormjib_checkpoint.history import read_generation, saves
+from stormjib_checkpoint.history import manifest_point, read_generation, saves
 from stormjib_checkpoint.layout import GenerationId
 from stormjib_checkpoint.ledger import Samples, segment
 from stormjib_checkpoint.records import decode, encode, sha256
@@ -142,11 +142,8 @@ def finish(storage: Storage, generation: GenerationId) -> list[str]:
 
 
 def _own_steps(storage: Storage, generation: GenerationId) -> set[int]:
-    return {
-        step
-        for step, owner in saves(storage)
-        if owner == generation and layout.MANIFEST in storage.names(layout.folder(step, owner))
-    }
+    own = (step for step, owner in saves(storage) if owner == generation)
+    return {step for step in own if manifest_point(storage, step, generation) is not None}
 
 
 def _step_before(record: GenerationFile, done: Iterable[int], step: int) -> int:

@@ -115,12 +115,19 @@ def history(storage: Storage, head: GenerationId) -> list[Span]:
 
 
 def saves(storage: Storage) -> Iterator[tuple[int, GenerationId]]:
-    """Every (step, generation) that left a folder, committed or not, lowest first."""
-    steps = (layout.parse_step(name) for name in storage.names(""))
-    for step in sorted(step for step in steps if step is not None):
-        found = (layout.parse_generation(name) for name in storage.names(layout.step_folder(step)))
-        for generation in sorted(generation for generation in found if generation is not None):
-            yield step, generation
+    """Every (step, generation) that left a folder, committed or not, lowest first. Of a folder that the medium does not give back, none:
+    one bad block shall not end a job that has other steps."""
+    for step in steps(storage):
+        with contextlib.suppress(MediumFailed):
+            found = (layout.parse_generation(name) for name in storage.names(layout.step_folder(step)))
+            known = sorted(generation for generation in found if generation is not None)
+            yield from ((step, generation) for generation in known)
+
+
+def steps(storage: Storage) -> list[int]:
+    """Every step that has a folder, lowest first."""
+    found = (layout.parse_step(name) for name in storage.names(""))
+    return sorted(step for step in found if step is not None)
 
 
 def committed(storage: Storage, head: GenerationId | None = None) -> list[ResumePoint]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from stormjib_checkpoint import layout
 from stormjib_checkpoint.commit import finish, secured
 from stormjib_checkpoint.doubts import doubt_of, trusted
 from stormjib_checkpoint.errors import (
@@ -19,6 +20,7 @@ from stormjib_checkpoint.history import (
     generations,
     read_generation,
     refuse_superseded,
+    steps,
     usable,
     write_generation,
 )
@@ -81,6 +83,10 @@ def _choose(
             f"{len(points)} committed steps, none of which can be loaded ({'; '.join(notes) or 'all refused'}). "
             "Restore one, or name an empty checkpoint folder to start anew."
         )
+    for step in steps(storage):
+        storage.names(
+            layout.step_folder(step)
+        )  # raises: what `saves` has passed over is no reason to start anew
     return None, notes
 
 

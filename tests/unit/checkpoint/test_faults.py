@@ -262,6 +262,27 @@ def test_what_was_left_without_a_commit_and_cannot_be_read_holds_nothing_up(
     again.close()
 
 
+@pytest.mark.parametrize("folder", ["*step-00000002", "*step-00000002/g0.1"])
+def test_a_step_whose_folder_cannot_be_listed_holds_nothing_up(
+    engine: Engine, switch: Switch, disk: Disk, folder: str
+) -> None:
+    switch.hook = fault = Failing("names", folder, errno.EIO, times=1000)
+    assert [save(engine, step) for step in (3, 4, 5)] == [None] * 3
+    assert fault.fired
+    engine.close()
+    again = Engine(Local(ROOT, watched(disk, fault)))
+    assert load(again) == 5
+    again.close()
+
+
+def test_where_no_step_can_be_listed_nobody_starts_anew(engine: Engine, disk: Disk) -> None:
+    engine.close()
+    fault = Failing("names", "*step-*", errno.EIO, times=1000)
+    with pytest.raises(StorageError):
+        Engine(Local(ROOT, watched(disk, fault)))
+    assert next_life(Local(ROOT, disk)) == 2
+
+
 def test_where_nothing_can_be_read_nobody_starts_anew(engine: Engine, disk: Disk) -> None:
     engine.close()
     for path, error in (("*step-*", NoUsableCheckpoint), ("*", StorageError)):
