@@ -221,7 +221,7 @@ class History(RuleBasedStateMachine):
 # The usual limit of time would be taken for a failing example where the machine is busy.
 TestAnyHistory = pytest.mark.timeout(3600)(History.TestCase)
 TestAnyHistory.settings = settings(
-    max_examples=int(os.environ.get("STORMJIB_EXAMPLES", "40")),
+    max_examples=int(os.environ.get("STORMJIB_EXAMPLES", "30")),
     stateful_step_count=25,
     suppress_health_check=[HealthCheck.too_slow],
 )
