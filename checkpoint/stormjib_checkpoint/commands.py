@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from json import dumps
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
@@ -20,13 +20,14 @@ from stormjib_checkpoint.storage import Local
 from stormjib_checkpoint.stores.urls import open_storage
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
+    from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
     from stormjib_checkpoint.format import ResumePoint
     from stormjib_checkpoint.storage import Storage
 
 app = typer.Typer(no_args_is_help=True, help="Checkpoints of a job: list, show, verify, audit, finish, gc.")
 _out = Console(soft_wrap=True)
+T = TypeVar("T")
 
 Root = Annotated[
     str,
@@ -97,15 +98,7 @@ def verify_step(root: Root, step: Step = None, json: AsJson = False) -> None:
         storage = _storage(root)
         point = _point(storage, step)
         world = CommittedStep(storage, point).manifest.world
-        shown = Console(stderr=True)
-        files = track(
-            verify.verify(storage, point),
-            "reading",
-            world,
-            console=shown,
-            transient=True,
-            disable=not shown.is_terminal,
-        )
+        files = _bar(verify.verify(storage, point), "reading", world)
         flaws = {path: flaw for path, flaw in files if flaw is not None}
     if json:
         _json({**point._asdict(), "damage": flaws})
@@ -118,7 +111,7 @@ def verify_step(root: Root, step: Step = None, json: AsJson = False) -> None:
 
 
 @app.command()
-def finish(root: Root) -> None:
+def finish(root: Root, json: AsJson = False) -> None:
     """Commit what the highest generation left complete and uncommitted, and say why the rest cannot be. For a job that is gone:
     its next generation does the same by itself."""
     with _told():
@@ -127,15 +120,18 @@ def finish(root: Root) -> None:
         if newest is None:
             raise typer.BadParameter(f"nothing was ever saved in {root}")
         before = {point.step for point in history.committed(storage)}
-        given_up = commit.finish(storage, newest.generation)
+        given_up = commit.finish(storage, newest.generation, lambda steps: _bar(steps, "committing"))
         after = sorted({point.step for point in history.committed(storage)} - before)
+    if json:
+        _json({"committed": after, "given_up": given_up})
+        return
     for why in given_up:
         _out.print(f"given up: {why}", markup=False)
     _out.print(f"committed: {', '.join(map(str, after)) or 'nothing new'}")
 
 
 @app.command()
-def gc(root: Root, keep: Keep = 2, dry_run: DryRun = False) -> None:
+def gc(root: Root, keep: Keep = 2, dry_run: DryRun = False, json: AsJson = False) -> None:
     """Delete old saves as the job itself does: never the newest two, what it resumed from, or the ledger."""
     with _told():
         storage = _storage(root, write=not dry_run)
@@ -143,25 +139,30 @@ def gc(root: Root, keep: Keep = 2, dry_run: DryRun = False) -> None:
         if newest is None:
             raise typer.BadParameter(f"nothing was ever saved in {root}")
         generation = str(newest.generation)
-        folders = retention.doomed(storage, generation, keep) if dry_run else None
-        deleted = retention.retain(storage, generation, keep) if folders is None else folders
+        if dry_run:
+            deleted = retention.doomed(storage, generation, keep)
+        else:
+            deleted = retention.retain(storage, generation, keep, lambda old: _bar(old, "deleting"))
+    if json:
+        _json({"dry_run": dry_run, "deleted": deleted})
+        return
     for folder in deleted:
         _out.print(folder)
     _out.print(f"{len(deleted)} saves {'would be ' if dry_run else ''}deleted")
 
 
 @app.command()
-def audit(root: Root) -> None:
+def audit(root: Root, json: AsJson = False) -> None:
     """Count the samples along the history of the highest generation. Exit code 1 where steps are missing or damaged."""
     with _told():
         found = read_audit(_storage(root))
     fed = sum(len(found.ids(step)) for step in found.steps)
     gaps, twice = found.gaps(), found.twice()
-    _out.print(
-        f"{len(found.steps)} steps up to {found.last}, {fed} samples, {len(twice)} of them more than once"
-    )
-    for problem in [*found.problems, *([f"no samples written down for steps {gaps[:20]}"] if gaps else [])]:
-        _out.print(problem, markup=False)
+    counts = {"steps": len(found.steps), "last": found.last, "samples": fed, "twice": len(twice)}
+    if json:
+        _json({**counts, "gaps": list(gaps), "problems": list(found.problems)})
+    else:
+        _print_audit(counts, [*found.problems, *_told_gaps(gaps)])
     if gaps or found.problems:
         raise typer.Exit(1)
 
@@ -185,6 +186,24 @@ def _row(
     counts = (step, str(generation)) in points
     state = "committed" if counts else "committed, but in no living history"
     return row | {"world": manifest.world, "bytes": sum(manifest.data.values()), "state": state}
+
+
+def _print_audit(counts: Mapping[str, object], problems: Iterable[str]) -> None:
+    _out.print(
+        f"{counts['steps']} steps up to {counts['last']}, {counts['samples']} samples, {counts['twice']} of them more than once"
+    )
+    for problem in problems:
+        _out.print(problem, markup=False)
+
+
+def _told_gaps(gaps: Sequence[int]) -> list[str]:
+    return [f"no samples written down for steps {gaps[:20]}"] if gaps else []
+
+
+def _bar(items: Iterable[T], word: str, total: int | None = None) -> Iterable[T]:
+    """The same items, with a progress bar where somebody looks."""
+    shown = Console(stderr=True)
+    return track(items, word, total, console=shown, transient=True, disable=not shown.is_terminal)
 
 
 def _json(value: object) -> None:

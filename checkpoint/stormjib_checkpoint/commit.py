@@ -36,7 +36,7 @@ from stormjib_checkpoint.records import decode, encode, sha256
 from stormjib_checkpoint.step import CommittedStep
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from stormjib_checkpoint.format import AtomsFile
     from stormjib_checkpoint.storage import Storage
@@ -127,13 +127,16 @@ class Pending:
             return False
 
 
-def finish(storage: Storage, generation: GenerationId) -> list[str]:
-    """Commit the steps that a generation left complete but uncommitted, oldest first. Returns why some could not be."""
+def finish(
+    storage: Storage, generation: GenerationId, along: Callable[[list[int]], Iterable[int]] = iter
+) -> list[str]:
+    """Commit the steps that a generation left complete but uncommitted, oldest first. Returns why some could not be. `along` gets the
+    steps and gives them back one by one: for a progress bar."""
     record = read_generation(storage, generation)
     done = committed_by(storage, generation)
     above = max([record.resume.step if record.resume is not None else -1, *done])
     given_up: list[str] = []
-    for step in [s for s, g in saves(storage) if g == generation and s > above]:
+    for step in along([s for s, g in saves(storage) if g == generation and s > above]):
         try:
             commit_step(storage, str(generation), _world(storage, step, generation), step)
         except (Incomplete, Inconsistent, StepPassed, MediumFailed) as error:

@@ -20,7 +20,7 @@ from stormjib_checkpoint.history import (
 from stormjib_checkpoint.layout import GenerationId
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from stormjib_checkpoint.format import GenerationFile
     from stormjib_checkpoint.storage import Storage
@@ -55,11 +55,17 @@ def plan(every: Iterable[Save], good: Iterable[Save], record: GenerationFile, ke
     ]
 
 
-def retain(storage: Storage, generation: str, keep_last: int) -> list[str]:
-    """Delete what `plan` says, one save after the other; the folders deleted. Deletes nothing where superseded."""
+def retain(
+    storage: Storage,
+    generation: str,
+    keep_last: int,
+    along: Callable[[list[Save]], Iterable[Save]] = iter,
+) -> list[str]:
+    """Delete what `plan` says, one save after the other; the folders deleted. Deletes nothing where superseded. `along` gets the saves and
+    gives them back one by one: for a progress bar."""
     own = GenerationId.parse(generation)
     deleted: list[str] = []
-    for save in _planned(storage, own, keep_last):
+    for save in along(_planned(storage, own, keep_last)):
         try:
             refuse_superseded(storage, own)
         except Superseded:

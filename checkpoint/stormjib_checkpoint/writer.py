@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from stormjib_checkpoint.layout import GenerationId
     from stormjib_checkpoint.records import Json
 
-_RESERVED = "__"
+RESERVED = "__"
 
 
 class Part(NamedTuple):
@@ -101,8 +101,8 @@ def split(state: Mapping[str, Value], rank: int, world: int) -> Contents:
     found = Contents([], {}, {})
     names: dict[object, str] = {}
     for name, value in sorted(state.items()):
-        if name.startswith(_RESERVED):
-            raise UnsupportedState(f"{name} begins with {_RESERVED}, which is kept for the format; rename it")
+        if name.startswith(RESERVED):
+            raise UnsupportedState(f"{name} begins with {RESERVED}, which is kept for the format; rename it")
         if not isinstance(value, torch.Tensor):
             found.scalars[name] = value
             continue

@@ -24,6 +24,7 @@ from stormjib_runtime.wire import (
     RankState,
     Report,
     ResumePoint,
+    Saving,
     StorageFinding,
 )
 
@@ -79,6 +80,7 @@ class FakeAgent:
     """What its storage offers to resume from."""
     ranks: tuple[RankState, ...] = ()
     committed: ResumePoint | None = None
+    saving: Saving | None = None
     storage: StorageFinding | None = None
     leaving: bool = False
     preflight: str = ""
@@ -117,6 +119,7 @@ class FakeAgent:
             resume=self.resume,
             ranks=self.ranks,
             committed=self.committed,
+            saving=self.saving,
             storage=self.storage,
             leaving=self.leaving,
             preflight=self.preflight,

@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
-from fakes import fsdp_ranks, gloo
+from fakes import dcp_ranks, fsdp_ranks, gloo
 from stormjib_checkpoint.commit import commit_step
+from stormjib_checkpoint.history import committed
 from stormjib_checkpoint.opening import open_next
 from stormjib_checkpoint.step import CommittedStep
 from stormjib_checkpoint.storage import Local
@@ -28,6 +29,12 @@ pytestmark = pytest.mark.timeout(120)
 def equal(one: Path, other: Path) -> bool:
     mine, theirs = load_file(one), load_file(other)
     return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def flip_last_bit(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
 
 
 def saved(folder: Path, shape: tuple[int, ...], world: int) -> ResumePoint:
@@ -87,9 +94,20 @@ def test_of_replicas_one_writes_and_any_layout_loads(tmp_path: Path) -> None:
 def test_an_engine_saves_while_ranks_train_on_and_all_fall_back_together(tmp_path: Path) -> None:
     root, target = tmp_path / "job", tmp_path / "loaded.safetensors"
     gloo.run(3, tmp_path, fsdp_ranks.engine_save, (3,), str(root), str(tmp_path / "saved.safetensors"))
-    file = root / "step-00000003/g0.1/rank-00001.safetensors"
-    data = bytearray(file.read_bytes())
-    data[-1] ^= 1
-    file.write_bytes(data)
+    flip_last_bit(root / "step-00000003/g0.1/rank-00001.safetensors")
     gloo.run(2, tmp_path, fsdp_ranks.engine_restore, (2,), str(root), str(target))
     assert equal(tmp_path / "saved.safetensors", target)
+
+
+def test_a_script_that_uses_dcp_saves_and_loads_on_other_ranks(tmp_path: Path) -> None:
+    root = tmp_path / "job"
+    gloo.run(3, tmp_path, dcp_ranks.save, str(root), str(tmp_path / "saved.safetensors"))
+    newest = committed(Local(root))[0]
+    assert (newest.step, newest.generation) == (1, "0.1")
+    assert [flaw for _, flaw in verify(Local(root), newest)] == [None] * 3
+    for world in (2, 1):
+        target = tmp_path / f"loaded-{world}.safetensors"
+        gloo.run(world, tmp_path, dcp_ranks.load, str(root), str(target))
+        assert equal(tmp_path / "saved.safetensors", target), f"on {world} ranks"
+    flip_last_bit(root / "step-00000001/g0.1/rank-00001.safetensors")
+    gloo.run(2, tmp_path, dcp_ranks.refused, str(root))

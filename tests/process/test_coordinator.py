@@ -20,7 +20,16 @@ from stormjib_runtime.codec import decode, encode
 from stormjib_runtime.coordinator import Coordinator, Settings, Stopped
 from stormjib_runtime.http import request
 from stormjib_runtime.kept import FILE
-from stormjib_runtime.wire import Cause, Do, GenerationId, JobPhase, JobState, Order
+from stormjib_runtime.wire import (
+    Cause,
+    Do,
+    GenerationId,
+    JobPhase,
+    JobState,
+    Order,
+    ResumePoint,
+    Saving,
+)
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -94,6 +103,48 @@ async def test_a_killed_rank_is_one_generation_and_the_others_hear_of_it_at_once
         metrics = (await coordinator.call("GET", "/metrics", token="")).body.decode()
         assert 'stormjib_job_restarts_total{cause="RankExit"} 1' in metrics
         assert "stormjib_job_world_size 4" in metrics
+        assert "stormjib_checkpoint" not in metrics, "nothing was saved"
+
+
+async def test_what_saves_cost_is_told_by_metrics_over_generations(tmp_path: Path) -> None:
+    async with running_job(tmp_path, bounds(2, 1, spares=1)) as (coordinator, agents):
+        for slot, agent in enumerate(agents):
+            agent.fake.saving = Saving(saves=3, failures=slot, bytes=100, lost_s=0.5 + slot, durable_s=2.0)
+            agent.fake.committed = ResumePoint(7, GenerationId(1, 1), "d")
+            agent.changed()
+        told = await until_metrics(coordinator, "stormjib_checkpoint_bytes_total 200")
+        assert "stormjib_checkpoint_saves_total 3\n" in told
+        assert "stormjib_checkpoint_failures_total 1\n" in told
+        assert "stormjib_checkpoint_lost_seconds_total 1.5\n" in told
+        assert 'stormjib_checkpoint_duration_seconds{stage="durable"} 2.0\n' in told
+        assert "stormjib_checkpoint_step 7\n" in told
+        assert 0 <= value(told, "stormjib_checkpoint_age_seconds") < 30
+        for agent in agents:
+            agent.fake.saving = None  # the pages of new ranks are empty
+        agents[1].fake.rank(0, exit=-9)
+        agents[1].changed()
+        await coordinator.until(lambda one: len(one.history) == 2)
+        await step(coordinator, agents, 2)
+        for agent in agents:
+            agent.fake.saving = Saving(saves=1, bytes=10, in_flight=1)
+            agent.changed()
+        told = await until_metrics(coordinator, "stormjib_checkpoint_bytes_total 220")
+        assert "stormjib_checkpoint_saves_total 4\n" in told
+        assert "stormjib_checkpoint_in_flight 1\n" in told
+
+
+async def until_metrics(coordinator: Process, line: str) -> str:
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        told = (await coordinator.call("GET", "/metrics", token="")).body.decode()
+        if f"{line}\n" in told:
+            return told
+        await asyncio.sleep(0.02)
+    raise AssertionError(f"{line} never came; there is: {told}")
+
+
+def value(told: str, name: str) -> float:
+    return float(next(line.split()[1] for line in told.splitlines() if line.startswith(f"{name} ")))
 
 
 async def test_the_number_is_on_the_disk_before_the_order_is_out(tmp_path: Path) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import signal
 import subprocess
 import time
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -14,10 +17,10 @@ import pytest
 from fakes.agents import SCRIPTS, comm, until
 from fakes.runs import PROGRAM, START_S, TINY, Run
 from stormjib_health.sampler.proc import descendants
+from stormjib_runtime.http import HttpError, request
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 pytestmark = pytest.mark.timeout(150)
 
@@ -83,6 +86,10 @@ async def test_a_job_continues_where_its_root_says(runs: list[Run], tmp_path: Pa
     first = Run(tmp_path, *line, **env)
     runs.append(first)
     await until(lambda: len(points(root)) >= 2, START_S)
+    told = await metrics(first.process.pid)
+    assert re.search(r"^stormjib_checkpoint_saves_total [1-9]", told, re.MULTILINE)
+    assert re.search(r"^stormjib_checkpoint_step [1-9]", told, re.MULTILINE)
+    assert re.search(r'^stormjib_checkpoint_duration_seconds{stage="durable"} 0\.0*[1-9]', told, re.MULTILINE)
     ranks = [stat.pid for stat in descendants(first.process.pid) if comm(stat.pid) == "rank1"]
     os.kill(ranks[0], signal.SIGKILL)
     await until(lambda: "g1.2" in {generation for _, generation in points(root)})
@@ -99,6 +106,30 @@ async def test_a_job_continues_where_its_root_says(runs: list[Run], tmp_path: Pa
     assert await second.exit() == 0
     assert f"Run 2.1 (Start): 2 ranks, resumes from step {stopped[0]}" in second.err
     assert (f"step-{last:08d}", "g2.1") in points(root)
+
+
+async def metrics(pid: int) -> str:
+    """What a coordinator in this process says once it was told of a save: by the next heartbeat, or by the one after it."""
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        for port in listening(pid):
+            with suppress(HttpError, OSError):
+                told = (await request("GET", "127.0.0.1", port, "/metrics")).body.decode()
+                if "stormjib_checkpoint_saves_total" in told and "stormjib_checkpoint_step" in told:
+                    return told
+        await asyncio.sleep(0.05)
+    raise AssertionError("no metrics of saves came")
+
+
+def listening(pid: int) -> list[int]:
+    """TCP ports that a process listens on."""
+    sockets = {os.readlink(file) for file in Path(f"/proc/{pid}/fd").iterdir() if os.path.lexists(file)}
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return [
+        int(row[1].rpartition(":")[2], 16)
+        for row in rows
+        if row[3] == "0A" and f"socket:[{row[9]}]" in sockets
+    ]
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

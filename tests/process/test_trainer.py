@@ -198,6 +198,10 @@ def test_stop_and_resume_on_the_same_and_on_another_world(
     for page in first.pages:
         assert (page.step, page.saved, page.phase, page.listens) == (7, 7, RankPhase.END, True)
         assert page.loss == losses[7]
+        told = page.saving
+        assert (told.saves, told.failures, told.in_flight) == (2, 0, 0)
+        assert told.bytes > 0
+        assert 0 < told.call_s < told.staged_s < told.durable_s
     for step in (5, 7):
         first.commit(step)
 

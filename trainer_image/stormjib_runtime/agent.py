@@ -202,6 +202,7 @@ class Agent:
             resume=runner.resume,
             ranks=runner.states(),
             committed=runner.committed,
+            saving=runner.saving,
             storage=self._storage,
             leaving=self._leaving,
             preflight=self._fitness.why,

@@ -26,8 +26,9 @@ from stormjib_runtime.admit import admit, completed
 from stormjib_runtime.codec import DecodeError, decode, encode, pack, unpack
 from stormjib_runtime.http import Response
 from stormjib_runtime.http_server import Connection, Handler, Request, Server, serve, text
-from stormjib_runtime.narrate import describe, health_metrics, metrics
+from stormjib_runtime.narrate import checkpoint_metrics, describe, health_metrics, metrics
 from stormjib_runtime.orders import job_state, order_for, state_version
+from stormjib_runtime.saves import Saves
 from stormjib_runtime.state import Complete, Refused, StandDown, is_urgent
 from stormjib_runtime.watch import Watch
 from stormjib_runtime.wire import HEARTBEAT_S, Bounds, Cause, Env, GenerationId, JobState, Report
@@ -102,6 +103,7 @@ class Coordinator:
         self._kept: kept.Kept | None = None
         self._begun: Counter[Cause] = Counter()
         self._watch = Watch()
+        self._saves = Saves()
         self._orders, self._states = _Pulse(), _Pulse()
         self._links: dict[tuple[int, int], set[Connection]] = {}
         """Open connections of each (slot, agent)."""
@@ -281,6 +283,7 @@ class Coordinator:
         report = completed(self._state, report)
         self._watch.exits(self._state, report, time.monotonic())
         self._take(partial(engine.heard, report=report))
+        self._saves.heard(report, time.monotonic())
         self._attach(request.connection, report.slot, report.agent)
         return self._answer(report.slot)
 
@@ -322,7 +325,8 @@ class Coordinator:
         self._state = replace(self._state, operator_heard=time.monotonic())
 
     async def _metrics(self, request: Request) -> Response:
-        body = (metrics(self.job, self._begun) + health_metrics(self._watch)).encode()
+        saves = checkpoint_metrics(self._saves, time.monotonic())
+        body = (metrics(self.job, self._begun) + health_metrics(self._watch) + saves).encode()
         return Response(HTTPStatus.OK, body, "text/plain; version=0.0.4; charset=utf-8")
 
     async def _healthz(self, request: Request) -> Response:

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 from stormjib_health.verdict import Syndrome
 from stormjib_runtime.orders import phase
 from stormjib_runtime.state import Complete, Idle, Running, State, Suspended
-from stormjib_runtime.wire import Cause, Fault, HistoryEntry, JobPhase, JobState, ResumePoint
+from stormjib_runtime.wire import Cause, Fault, HistoryEntry, JobPhase, JobState, ResumePoint, Saving
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from stormjib_health.verdict import Verdict
+    from stormjib_runtime.saves import Saves
     from stormjib_runtime.watch import Watch
 
 
@@ -131,6 +132,34 @@ def health_metrics(watch: Watch) -> str:
         *_family("samples_refused_total", "counter", "Samples refused, by reason.", refused, "health"),
     ]
     return "\n".join(lines) + "\n"
+
+
+def checkpoint_metrics(saves: Saves, now: float) -> str:
+    """What saving costs the job and how far it has come, as Prometheus text; empty where nothing is saved."""
+    lines: list[str] = []
+    sums, step, age = saves.sums(), saves.step(), saves.age_s(now)
+    if step is not None and age is not None:
+        lines += _family("step", "gauge", "Newest committed step.", {"": step}, "checkpoint")
+        lines += _family("age_seconds", "gauge", "Since it was committed.", {"": age}, "checkpoint")
+    if sums is not None:
+        lines += _saving(sums)
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _saving(sums: Saving) -> Iterator[str]:
+    part = "checkpoint"
+    stages = {"call": sums.call_s, "wait": sums.wait_s, "staged": sums.staged_s, "durable": sums.durable_s}
+    took = {f'{{stage="{stage}"}}': seconds for stage, seconds in stages.items()}
+    yield from _family("saves_total", "counter", "Steps that became durable.", {"": sums.saves}, part)
+    yield from _family(
+        "failures_total", "counter", "Parts of steps that could not be saved.", {"": sums.failures}, part
+    )
+    yield from _family("bytes_total", "counter", "Bytes of durable parts.", {"": sums.bytes}, part)
+    yield from _family(
+        "lost_seconds_total", "counter", "Training time lost in calls and waits.", {"": sums.lost_s}, part
+    )
+    yield from _family("in_flight", "gauge", "Saves that are on their way.", {"": sums.in_flight}, part)
+    yield from _family("duration_seconds", "gauge", "What the newest save took, by stage.", took, part)
 
 
 def _family(name: str, kind: str, text: str, values: Mapping[str, float], part: str = "job") -> Iterator[str]:

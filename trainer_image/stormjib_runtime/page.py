@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stormjib_runtime.wire import Env, GenerationId, RankPhase
+from stormjib_runtime.wire import Env, GenerationId, RankPhase, Saving
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -29,6 +29,8 @@ VERSION = 1
 # Slots that the rank writes. The first four are the header, written once by whoever creates the page.
 _MAGIC, _VERSION, _INCARNATION, _NUMBER = 0, 1, 2, 3
 _STEP, _PHASE, _WRITTEN_NS, _SAVED, _LOSS, _LISTENS, _OWNS_CLOCK, _STEP_NS = 4, 5, 6, 7, 8, 9, 10, 11
+_SAVING = 12
+"""First of the nine slots of `Saving`, in the order of its fields; seconds as nanoseconds."""
 # Slots that the agent writes.
 _SAVE_AT, _STOP_AFTER = 32, 33
 
@@ -144,6 +146,21 @@ class Page:
     @saved.setter
     def saved(self, value: int) -> None:
         self._slots[_SAVED] = value
+
+    @property
+    def saving(self) -> Saving:
+        """What this rank's saves have cost: all zero until the first."""
+        kept = [max(slot, 0) for slot in self._slots[_SAVING : _SAVING + 9].tolist()]
+        saves, failures, in_flight, size = kept[:4]
+        lost, call, wait, staged, durable = (slot / 1e9 for slot in kept[4:])
+        return Saving(saves, failures, in_flight, size, lost, call, wait, staged, durable)
+
+    @saving.setter
+    def saving(self, value: Saving) -> None:
+        seconds = (value.lost_s, value.call_s, value.wait_s, value.staged_s, value.durable_s)
+        counts = (value.saves, value.failures, value.in_flight, value.bytes)
+        for slot, number in enumerate((*counts, *(int(time_s * 1e9) for time_s in seconds)), start=_SAVING):
+            self._slots[slot] = number
 
     @property
     def loss(self) -> float | None:

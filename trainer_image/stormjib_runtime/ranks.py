@@ -19,7 +19,8 @@ from stormjib_runtime.errors import ZygoteError
 from stormjib_runtime.output import LastLines
 from stormjib_runtime.page import Page
 from stormjib_runtime.processes import kill
-from stormjib_runtime.wire import RankState
+from stormjib_runtime.saves import together
+from stormjib_runtime.wire import RankState, Saving
 
 if TYPE_CHECKING:
     import signal
@@ -206,6 +207,12 @@ class Ranks:
     def saved(self) -> int:
         """Newest step that a local rank has written its file of; -1 for none."""
         return max((rank.page.saved for rank in self._ranks), default=-1)
+
+    @property
+    def saving(self) -> Saving | None:
+        """What their saves have cost; None where nobody has told of one."""
+        told = [one for one in (rank.page.saving for rank in self._ranks) if one != Saving()]
+        return together(told) if told else None
 
     def sample(self) -> None:
         """Look at every process and page once more."""

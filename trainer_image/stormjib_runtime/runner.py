@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from stormjib_runtime.launching import Launching
     from stormjib_runtime.output import Outputs
     from stormjib_runtime.sampling import Sampling
-    from stormjib_runtime.wire import Generation, Order, RankState, ResumePoint
+    from stormjib_runtime.wire import Generation, Order, RankState, ResumePoint, Saving
 
 SAMPLE_S = 0.5
 ADOPT_S = 60.0
@@ -85,6 +85,10 @@ class Runner:
         if self._commits is None or not self._commits.pending:
             return states
         return tuple(replace(state, exit=None) if state.exit == 0 else state for state in states)
+
+    @property
+    def saving(self) -> Saving | None:
+        return None if self._ranks is None else self._ranks.saving
 
     @property
     def committed(self) -> ResumePoint | None:

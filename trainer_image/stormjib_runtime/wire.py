@@ -251,6 +251,24 @@ class RankState:
 
 
 @dataclass(frozen=True)
+class Saving:
+    """What saves have cost in this generation, for metrics only. Of several ranks the slowest counts, and bytes and failures are added."""
+
+    saves: int = 0
+    """Steps that are durable."""
+    failures: int = 0
+    in_flight: int = 0
+    bytes: int = 0
+    lost_s: float = 0.0
+    """That training waited, in all calls and before all optimizers."""
+    call_s: float = 0.0
+    """Of the newest durable save, as those that follow; from its call on."""
+    wait_s: float = 0.0
+    staged_s: float = 0.0
+    durable_s: float = 0.0
+
+
+@dataclass(frozen=True)
 class StorageFinding:
     """The highest generation found on the storage, and the job that wrote it."""
 
@@ -281,6 +299,8 @@ class Report:
     ranks: tuple[RankState, ...] = ()
     committed: ResumePoint | None = None
     """First member: the newest step committed by this generation."""
+    saving: Saving | None = None
+    """None before the first save of this generation, and of scripts that do not tell."""
     storage: StorageFinding | None = None
     leaving: bool = False
     """SIGTERM came: a planned leave."""

@@ -21,6 +21,7 @@ from stormjib_checkpoint.format import DoubtFile, ResumePoint
 from stormjib_checkpoint.layout import GenerationId
 from stormjib_checkpoint.pace import seconds_between
 from stormjib_checkpoint.records import decode, encode
+from stormjib_runtime.wire import Saving
 from stormjib_trainer.environment import AUTO
 from stormjib_trainer.errors import ResumeFailed, ResumeMismatch
 
@@ -109,7 +110,8 @@ class Checkpoints:
             samples |= told
         samples |= fed
         save = self._begin(self._engine, step, state, train, samples)
-        save.upload_completion.add_done_callback(partial(self._ended, step))
+        self._count(self._engine)
+        save.upload_completion.add_done_callback(partial(self._ended, self._engine, step))
         self._under_way.append((save, samples))
         return True
 
@@ -127,10 +129,28 @@ class Checkpoints:
         except TornCopy:  # an older step, of which `_settle` tells: this one is saved all the same
             return engine.async_save(state, step=step, train=train, samples=samples)
 
-    def _ended(self, step: int, how: Future[None]) -> None:
+    def _ended(self, engine: Engine, step: int, how: Future[None]) -> None:
         """In a thread of the engine: the agent has it committed at once, however long the step in progress takes."""
+        self._count(engine)
         if how.exception() is None:
             self._control.saved(step)
+
+    def _count(self, engine: Engine) -> None:
+        """For the job's metrics."""
+        sums = engine.totals.now()
+        counts = {"saves": sums.saves, "failures": sums.failures, "in_flight": sums.in_flight}
+        last = sums.last
+        self._control.told(
+            Saving(
+                **counts,
+                bytes=sums.bytes,
+                lost_s=sums.lost_s,
+                call_s=last.call_s,
+                wait_s=last.waited_s,
+                staged_s=last.staged_s,
+                durable_s=last.durable_s,
+            )
+        )
 
     def _settle(self) -> None:
         """Tell how the saves have ended that have. Raises StorageError: whoever cannot save shall not train for nothing."""

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from stormjib_runtime.page import Page
-    from stormjib_runtime.wire import RankPhase
+    from stormjib_runtime.wire import RankPhase, Saving
 
 
 class Control:
@@ -57,6 +57,11 @@ class Control:
         """This rank's part of a step is on the storage. From any thread."""
         if self._page:
             self._page.saved = max(self._page.saved, step)
+
+    def told(self, saving: Saving) -> None:
+        """What saving has cost so far. From any thread."""
+        if self._page:
+            self._page.saving = saving
 
     def stop(self, step: int) -> bool:
         """Whether this rank was asked to stop after `step` or an earlier one."""

@@ -6,5 +6,6 @@ and only the next optimizer step waits, if it comes too early.
 
 from stormjib_checkpoint.engine.engine import Engine
 from stormjib_checkpoint.engine.saving import Figures, Save
+from stormjib_checkpoint.engine.totals import Sums, Totals
 
-__all__ = ["Engine", "Figures", "Save"]
+__all__ = ["Engine", "Figures", "Save", "Sums", "Totals"]

@@ -28,6 +28,7 @@ from stormjib_checkpoint.engine.gate import Gate
 from stormjib_checkpoint.engine.pipeline import IN_FLIGHT, Pipeline
 from stormjib_checkpoint.engine.plan import Plan, plan
 from stormjib_checkpoint.engine.saving import Save, Taken
+from stormjib_checkpoint.engine.totals import Totals
 from stormjib_checkpoint.errors import (
     CommitError,
     DamagedCheckpoint,
@@ -89,6 +90,7 @@ class Engine:
         Raises StorageError where `root` cannot be written, BadKey, and HistoryError.
         """
         self.rank, self.world = group.place()
+        self.totals = Totals()
         self.storage: Storage = open_storage(root) if isinstance(root, (str, os.PathLike)) else root
         self.generation, self.resume = generation, resume
         self._commits = not generation
@@ -174,6 +176,7 @@ class Engine:
         self._pipeline.begin(save, taken, self._saves[-1] if self._saves else None)
         self._saves.append(save)
         save.figures.bytes, save.figures.call_s = taken.plan.image.size, save.age_s()
+        self.totals.begun(save)
         return save
 
     def guard(self) -> None:

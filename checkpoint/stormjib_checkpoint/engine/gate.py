@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -19,8 +19,18 @@ if TYPE_CHECKING:
 
     from torch.optim import Optimizer
 
-    from stormjib_checkpoint.engine.pipeline import Staging
     from stormjib_checkpoint.engine.saving import Figures
+
+
+class Staging(Protocol):
+    """Something that is being copied."""
+
+    @property
+    def done(self) -> bool:
+        """It is over, one way or the other."""
+
+    def hurry(self) -> None:
+        """Return when it is done: whoever calls this waits for it."""
 
 
 class Gate:

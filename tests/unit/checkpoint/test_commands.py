@@ -137,6 +137,43 @@ def test_gc_deletes_what_the_job_would(root: Path) -> None:
     assert run("gc", root, "--keep", 1)[0] == 2
 
 
+def test_finish_gc_and_audit_come_as_json_too(root: Path) -> None:
+    storage = Local(root)
+    save(storage, "1.2", 12, 14)
+    save(storage, "1.2", 14, 16)
+    (root / "step-00000016/g1.2/rank-00001.json").unlink()
+    found = json.loads(run("finish", root, "--json")[1])
+    assert found["committed"] == [14]
+    assert ["rank-00001.json not written yet" in why for why in found["given_up"]] == [True]
+    counts = json.loads(run("audit", root, "--json")[1])
+    assert counts == {"steps": 14, "last": 14, "samples": 56, "twice": 0, "gaps": [], "problems": []}
+    train(storage, "1.2", 16, 18)
+    old = ["step-00000012/g1.2", "step-00000016/g1.2", "step-00000020/g1.1"]
+    assert json.loads(run("gc", root, "--dry-run", "--json")[1]) == {"dry_run": True, "deleted": old}
+    found = json.loads(run("gc", root, "--json")[1])
+    assert found == {"dry_run": False, "deleted": old}
+    segment = root / "ledger" / "g1.2" / "00000013-00000014.jsonl"
+    segment.unlink()
+    code, text = run("audit", root, "--json")
+    assert code == 1
+    assert json.loads(text)["gaps"] == [13, 14]
+
+
+def test_who_looks_sees_how_far_it_is(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = Local(root)
+    save(storage, "1.2", 12, 14)
+    for command in ("verify", "finish", "gc"):
+        assert CliRunner().invoke(app, [command, str(root)]).stderr == "", "nobody looks"
+    for step in (14, 16):
+        train(storage, "1.2", step, step + 2)
+    save(storage, "1.2", 18, 20)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    for command, word in (("verify", "reading"), ("finish", "committing"), ("gc", "deleting")):
+        done = CliRunner().invoke(app, [command, str(root)])
+        assert (done.exit_code, word in done.stderr) == (0, True)
+
+
 def test_errors_are_one_line(root: Path) -> None:
     (root / "generations" / "g1.2.json").write_text("{}")
     code, text = run("ls", root)
