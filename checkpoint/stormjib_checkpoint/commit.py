@@ -15,6 +15,7 @@ from stormjib_checkpoint.errors import (
     Incomplete,
     Inconsistent,
     MediumFailed,
+    MissingCheckpoint,
     NotThere,
     StepPassed,
 )
@@ -87,7 +88,10 @@ def secured(storage: Storage, point: ResumePoint) -> ResumePoint:
     """
     CommittedStep(storage, point).check()
     owner = GenerationId.parse(point.generation)
-    create_same(storage, layout.manifest(point.step, owner), _manifest(storage, point.step, owner))
+    try:
+        create_same(storage, layout.manifest(point.step, owner), _manifest(storage, point.step, owner))
+    except NotThere as error:
+        raise MissingCheckpoint(f"step {point.step} of {owner} was deleted meanwhile") from error
     return point
 
 
@@ -226,25 +230,31 @@ def _samples(
     storage: Storage, generation: GenerationId, ranks: Sequence[RankFile], before: int
 ) -> list[Samples]:
     """What each rank fed since the last committed step, also what it told in steps that never got committed."""
-    step = ranks[0].step
-    given_up = [s for s, g in saves(storage) if g == generation and before < s < step]
-    return [_merged_samples(storage, generation, record, given_up) for record in ranks]
+    merged: list[dict[int, Sequence[int]]] = [{} for _ in ranks]
+    for step in [s for s, g in saves(storage) if g == generation and before < s < ranks[0].step]:
+        for samples, told in zip(merged, _told_in(storage, step, ranks), strict=True):
+            samples |= told
+    return [samples | record.samples for samples, record in zip(merged, ranks, strict=True)]
 
 
-def _merged_samples(
-    storage: Storage, generation: GenerationId, record: RankFile, given_up: Iterable[int]
-) -> Samples:
-    merged: dict[int, Sequence[int]] = {}
-    for step in given_up:
-        path = f"{layout.folder(step, generation)}/{layout.rank_json(record.rank)}"
-        try:
-            data = storage.read(path, MAX_SMALL_FILE)
-            told = _rank_record(storage, data, path, (step, generation, record.rank, record.world))
-        except (NotThere, MediumFailed, Inconsistent):
-            continue  # the audit finds the gap; for its sake no later step shall stay uncommitted
-        if told.attempt == record.attempt:  # what ranks fed before they were restarted, they have fed again
-            merged |= told.samples
-    return merged | record.samples
+def _told_in(storage: Storage, given_up: int, ranks: Sequence[RankFile]) -> list[Samples]:
+    """By rank; nothing of any rank where one record is unreadable: an audit finds steps without a line, but not a line that lacks a
+    rank, and for the sake of either no later step shall stay uncommitted."""
+    try:
+        return [_told_by(storage, given_up, record) for record in ranks]
+    except (MediumFailed, Inconsistent):
+        return [{} for _ in ranks]
+
+
+def _told_by(storage: Storage, given_up: int, record: RankFile) -> Samples:
+    path = f"{layout.folder(given_up, record.generation)}/{layout.rank_json(record.rank)}"
+    try:
+        data = storage.read(path, MAX_SMALL_FILE)
+    except NotThere:
+        return {}
+    told = _rank_record(storage, data, path, (given_up, record.generation, record.rank, record.world))
+    # What ranks fed before they were restarted, they have fed again.
+    return told.samples if told.attempt == record.attempt else {}
 
 
 def _world(storage: Storage, step: int, generation: GenerationId) -> int:

@@ -7,6 +7,7 @@ zombie of an older generation goes on committing is in nobody's history.
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, NamedTuple
 
 from stormjib_checkpoint import layout
@@ -25,7 +26,7 @@ from stormjib_checkpoint.layout import GenerationId
 from stormjib_checkpoint.records import decode, encode, sha256
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping
+    from collections.abc import Collection, Iterable, Iterator, Mapping
 
     from stormjib_checkpoint.storage import Storage
 
@@ -60,10 +61,23 @@ def spans(records: Mapping[GenerationId, GenerationFile], head: GenerationId) ->
 
 
 def generations(storage: Storage) -> list[GenerationId]:
-    """All generations that were opened on this storage, lowest first."""
+    """All generations that were opened on this storage, lowest first. A listing may lag, so those after the highest are asked for by
+    name, as far as their numbers follow each other."""
     names = storage.names(layout.GENERATIONS)
     ids = (layout.parse_generation(name) for name in names if name.endswith(".json"))
-    return sorted(generation for generation in ids if generation is not None)
+    found = sorted(generation for generation in ids if generation is not None)
+    highest = found[-1] if found else GenerationId(0, 0)
+    while (after := _opened_after(storage, highest)) is not None:
+        found.append(after)
+        highest = after
+    return found
+
+
+def _opened_after(storage: Storage, generation: GenerationId) -> GenerationId | None:
+    for candidate in (GenerationId(generation.incarnation + 1, 1), generation.next()):
+        with contextlib.suppress(NotThere), storage.open(layout.generation_file(candidate)):
+            return candidate
+    return None
 
 
 def highest(storage: Storage) -> GenerationFile | None:
@@ -101,12 +115,19 @@ def history(storage: Storage, head: GenerationId) -> list[Span]:
 
 
 def saves(storage: Storage) -> Iterator[tuple[int, GenerationId]]:
-    """Every (step, generation) that left a folder, committed or not, lowest first."""
-    steps = (layout.parse_step(name) for name in storage.names(""))
-    for step in sorted(step for step in steps if step is not None):
-        found = (layout.parse_generation(name) for name in storage.names(layout.step_folder(step)))
-        for generation in sorted(generation for generation in found if generation is not None):
-            yield step, generation
+    """Every (step, generation) that left a folder, committed or not, lowest first. Of a folder that the medium does not give back, none:
+    one bad block shall not end a job that has other steps."""
+    for step in steps(storage):
+        with contextlib.suppress(MediumFailed):
+            found = (layout.parse_generation(name) for name in storage.names(layout.step_folder(step)))
+            known = sorted(generation for generation in found if generation is not None)
+            yield from ((step, generation) for generation in known)
+
+
+def steps(storage: Storage) -> list[int]:
+    """Every step that has a folder, lowest first."""
+    found = (layout.parse_step(name) for name in storage.names(""))
+    return sorted(step for step in found if step is not None)
 
 
 def committed(storage: Storage, head: GenerationId | None = None) -> list[ResumePoint]:
@@ -116,10 +137,17 @@ def committed(storage: Storage, head: GenerationId | None = None) -> list[Resume
         if not known:
             return []
         head = known[-1]
+    return committed_of(storage, head, saves(storage))
+
+
+def committed_of(
+    storage: Storage, head: GenerationId, among: Iterable[tuple[int, GenerationId]]
+) -> list[ResumePoint]:
+    """As `committed`, of these saves: for whoever must not list them twice, because two listings may contradict each other."""
     parts = history(storage, head)
     points = [
         manifest_point(storage, step, generation)
-        for step, generation in saves(storage)
+        for step, generation in among
         if any(part.generation == generation and part.holds(step) for part in parts)
     ]
     return sorted((point for point in points if point is not None), reverse=True)
@@ -172,8 +200,5 @@ def usable(points: Collection[ResumePoint], refused: Collection[str]) -> list[Re
 
 def committed_by(storage: Storage, generation: GenerationId) -> set[int]:
     """The steps that one generation has committed itself and that are not deleted."""
-    return {
-        step
-        for step, owner in saves(storage)
-        if owner == generation and layout.MANIFEST in storage.names(layout.folder(step, owner))
-    }
+    own = (step for step, owner in saves(storage) if owner == generation)
+    return {step for step in own if manifest_point(storage, step, generation) is not None}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from stormjib_checkpoint import layout
 from stormjib_checkpoint.commit import finish, secured
 from stormjib_checkpoint.doubts import doubt_of, trusted
 from stormjib_checkpoint.errors import (
@@ -19,6 +20,7 @@ from stormjib_checkpoint.history import (
     generations,
     read_generation,
     refuse_superseded,
+    steps,
     usable,
     write_generation,
 )
@@ -68,20 +70,31 @@ def _choose(
     storage: Storage, parent: GenerationId, refused: Collection[str]
 ) -> tuple[ResumePoint | None, list[str]]:
     notes = finish(storage, parent)
-    points = committed(storage, parent)
     inherited = read_generation(storage, parent).resume
+    points = _with(inherited, committed(storage, parent))
     doubt = _doubt(storage, parent, notes)
     for point in usable(trusted(points, doubt), refused):
         try:
             return secured(storage, point), notes
         except (DamagedCheckpoint, MissingCheckpoint) as error:
             notes.append(f"step {point.step} of {point.generation} passed over: {error}")
-    if points or inherited is not None:
+    if points:
         raise NoUsableCheckpoint(
             f"{len(points)} committed steps, none of which can be loaded ({'; '.join(notes) or 'all refused'}). "
             "Restore one, or name an empty checkpoint folder to start anew."
         )
+    for step in steps(storage):
+        storage.names(
+            layout.step_folder(step)
+        )  # raises: what `saves` has passed over is no reason to start anew
     return None, notes
+
+
+def _with(inherited: ResumePoint | None, points: list[ResumePoint]) -> list[ResumePoint]:
+    """The parent's own resume point is known by name and digest, whatever a listing shows and its manifest says by now."""
+    if inherited is None:
+        return points
+    return [inherited, *(point for point in points if point[:2] != inherited[:2])]
 
 
 def _doubt(storage: Storage, parent: GenerationId, notes: list[str]) -> DoubtFile | None:

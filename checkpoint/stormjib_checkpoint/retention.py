@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from stormjib_checkpoint import layout
 from stormjib_checkpoint.errors import Superseded
 from stormjib_checkpoint.history import (
-    committed,
+    committed_of,
     read_generation,
     refuse_superseded,
     saves,
@@ -82,17 +82,17 @@ def doomed(storage: Storage, generation: str, keep_last: int) -> list[str]:
 
 
 def _planned(storage: Storage, own: GenerationId, keep_last: int) -> list[Save]:
-    good = [Save(p.step, GenerationId.parse(p.generation)) for p in committed(storage, own)]
     every = [Save(*save) for save in saves(storage)]
+    points = committed_of(storage, own, ((save.step, save.generation) for save in every))
+    good = [Save(point.step, GenerationId.parse(point.generation)) for point in points]
     return plan(every, good, read_generation(storage, own), keep_last)
 
 
 def delete(storage: Storage, save: Save) -> None:
-    """Delete one save: its manifest first and durably, so that it is never a committed step with parts missing."""
+    """Delete one save: its manifest first and durably, so that it is never a committed step with parts missing. Whatever a listing
+    says, which may not show it."""
     folder = layout.folder(save.step, save.generation)
-    names = storage.names(folder)
-    if layout.MANIFEST in names:
-        storage.remove(folder, [layout.MANIFEST])
-    storage.remove(folder, [name for name in names if name != layout.MANIFEST])
+    storage.remove(folder, [layout.MANIFEST])
+    storage.remove(folder, storage.names(folder))
     storage.remove_folder(folder)
     storage.remove_folder(layout.step_folder(save.step))

@@ -148,6 +148,9 @@ def _without_null(schema: dict[str, Any]) -> dict[str, Any]:
     """`X | None` as an optional X: in Kubernetes an absent field says it, never a null."""
     if schema.get("default", "") is None:
         schema = {key: value for key, value in schema.items() if key != "default"}
+    if isinstance(schema.get("default"), dict):  # what a model leaves open is left out: null is no integer
+        given = {key: value for key, value in schema["default"].items() if value is not None}
+        schema = schema | {"default": given}
     choices = [each for each in schema.get("anyOf", ()) if each.get("type") != "null"]
     if len(choices) != 1:
         return schema

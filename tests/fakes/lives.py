@@ -15,8 +15,8 @@ SOON_S = 10.0
 
 
 def state_of(step: int) -> dict[str, torch.Tensor]:
-    """Several small pieces, and two types."""
-    return {"a": torch.arange(12_000.0) + step, "b": torch.full((7,), step, dtype=torch.bfloat16)}
+    """Some small pieces for each of two ranks, and two types."""
+    return {"a": torch.arange(12_000.0) + step, "d": torch.full((9_000,), step, dtype=torch.bfloat16)}
 
 
 def begin(engine: Engine, step: int) -> Save:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 import random
 import signal
 from typing import TYPE_CHECKING
@@ -12,6 +14,7 @@ import torch
 
 from fakes.agents import SCRIPTS
 from fakes.gateway import environment, gateway
+from fakes.lives import next_life
 from fakes.warm import Warm
 from stormjib_checkpoint.adopting import adopt
 from stormjib_checkpoint.history import committed, highest
@@ -30,12 +33,15 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.timeout(120)
 SCRIPT = str(SCRIPTS / "saving.py")
+DYING = str(SCRIPTS / "dying.py")
 KILLS = 12
 
 
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
 async def warm(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Warm]:
-    async with Warm(tmp_path_factory.mktemp("warm")) as one:
+    one = Warm(tmp_path_factory.mktemp("warm"))
+    one.env["PYTHONPATH"] += f"{os.pathsep}{SCRIPTS.parents[1]}"
+    async with one:
         yield one
 
 
@@ -111,3 +117,46 @@ async def test_killed_at_any_moment_it_goes_on_from_the_newest_step_that_was_sta
         if in_memory:
             assert newest_is_whole(Local(root)) == max(in_memory, written)
     assert ahead > 3, "most kills shall come between staging and the disk, or this shows nothing"
+
+
+SPOILED, FINISHED = 2, 3
+"""The step that is found: the one before, or the one in which a rank was killed, which the next generation commits if nobody has."""
+PLACES = [
+    *[
+        (place, victims, SPOILED)
+        for place in ("copying", "staged", "writing", "written")
+        for victims in ("0", "1")
+    ],
+    ("writing", "01", SPOILED),
+    *[("left", victims, FINISHED) for victims in ("0", "1", "01")],
+    ("committing", "0", FINISHED),
+    ("committed", "0", FINISHED),
+]
+
+
+async def two_ranks(warm: Warm, root: Path, place: str, how: str, victims: str, wait_s: float) -> list[int]:
+    """How both ended."""
+    words = (DYING, str(root), place, how, victims, str(wait_s))
+    ranks = [warm.fork(*words, RANK=str(rank), WORLD_SIZE="2") for rank in (0, 1)]
+    return [done.exit for done in await asyncio.gather(*ranks)]
+
+
+@pytest.mark.parametrize(("place", "victims", "found"), PLACES)
+@pytest.mark.asyncio(loop_scope="module")
+async def test_ranks_killed_in_each_state_of_a_save_leave_a_whole_step(
+    warm: Warm, tmp_path: Path, place: str, victims: str, found: int
+) -> None:
+    wait_s = 0.1 if found == SPOILED else 60.0  # for a part that never comes, or that comes
+    exits = await two_ranks(warm, tmp_path / "job", place, "SIGKILL", victims, wait_s)
+    assert exits == [-signal.SIGKILL if str(rank) in victims else 0 for rank in (0, 1)]
+    assert next_life(Local(tmp_path / "job")) == found
+
+
+@pytest.mark.parametrize(("how", "code", "found"), [("SIGTERM", -15, SPOILED), ("handled", 143, FINISHED)])
+@pytest.mark.asyncio(loop_scope="module")
+async def test_a_rank_that_is_told_to_end_finishes_its_save_where_the_script_ends(
+    warm: Warm, tmp_path: Path, how: str, code: int, found: int
+) -> None:
+    wait_s = 0.1 if found == SPOILED else 60.0
+    assert await two_ranks(warm, tmp_path / "job", "writing", how, "1", wait_s) == [0, code]
+    assert next_life(Local(tmp_path / "job")) == found

@@ -17,7 +17,8 @@ from stormjib_checkpoint.engine import arena as arenas
 from stormjib_checkpoint.errors import NoUsableCheckpoint, StorageError, StorageFull
 from stormjib_checkpoint.history import committed, saves
 from stormjib_checkpoint.ledger import audit
-from stormjib_checkpoint.opening import open_generation
+from stormjib_checkpoint.opening import Opening, open_generation, open_next
+from stormjib_checkpoint.retention import retain
 from stormjib_checkpoint.storage import Local
 
 if TYPE_CHECKING:
@@ -107,6 +108,21 @@ def test_and_a_process_that_then_dies_leaves_a_whole_step(
     assert next_life(Local(ROOT, disk)) in (2, 3)
 
 
+@pytest.mark.parametrize("number", range(1, 7))
+def test_a_step_is_not_committed_before_each_folder_is_synced(
+    engine: Engine, switch: Switch, disk: Disk, number: int
+) -> None:
+    """Its own name, then after data, train, record, index and manifest: whoever finds the name later must sync it first."""
+    switch.hook = fault = Failing("sync_folder", "*step-00000003*", errno.EIO, first=number)
+    spoiled = begin(engine, 3)
+    assert isinstance(spoiled.upload_completion.exception(SOON_S), StorageError)
+    assert spoiled.point is None
+    assert fault.fired == 1
+    assert save(engine, 4) is None
+    engine.close()
+    assert next_life(Local(ROOT, disk)) == 4
+
+
 @pytest.mark.parametrize("path", [DATA, RECORD, MANIFEST])
 def test_a_file_whose_sync_failed_is_never_synced_again(engine: Engine, switch: Switch, path: str) -> None:
     """The kernel may have dropped its bytes and called them clean: a second sync that succeeds says nothing."""
@@ -125,25 +141,52 @@ def test_a_file_whose_sync_failed_is_never_synced_again(engine: Engine, switch: 
     assert [call.name for call in after] == ["unlink", "close"]
 
 
-def test_whichever_call_fails_no_other_step_is_harmed() -> None:
-    first = Disk()
-    open_generation(Local(ROOT, first), "1.1", "uid")
-    good = training.train(Local(ROOT, first), "1.1", 0, 2)
+ACTIONS: dict[str, Callable[[Local], object]] = {
+    "a save and its commit": lambda storage: training.train(storage, "1.1", 8, 10),
+    "opening the next generation": open_next,
+    "deleting old steps": lambda storage: retain(storage, "1.1", 2),
+}
+
+
+@pytest.fixture(scope="module")
+def trained() -> Disk:
+    """Steps 2, 4 and 6 are committed; 8 is whole, and its commit is still to come."""
+    disk = Disk()
+    storage = Local(ROOT, disk)
+    open_generation(storage, "1.1", "uid")
+    for step in (2, 4, 6):
+        training.train(storage, "1.1", step - 2, step)
+    training.save(storage, "1.1", 6, 8)
+    return disk
+
+
+def go_on(storage: Local, opening: Opening) -> None:
+    assert opening.resume is not None
+    training.loads(storage, training.train(storage, opening.generation, opening.resume.step, 12))
+    retain(storage, opening.generation, 2)
+    assert len(committed(storage)) == 2
+    found = audit(storage)
+    assert [one.step for one in found.differences(training.plan) if one.step not in found.gaps()] == []
+
+
+@pytest.mark.parametrize("action", ACTIONS)
+def test_whichever_call_fails_the_next_generation_finds_the_newest_step(trained: Disk, action: str) -> None:
     number, fired = 0, True
     while fired:
         number += 1
         fault = Failing("*", "*", (errno.EIO, errno.ENOSPC)[number % 2], first=number)
-        disk = Disk(first.tree.copy())
+        disk = Disk(trained.tree.copy())
         with contextlib.suppress(StorageError):
-            training.train(Local(ROOT, watched(disk, fault)), "1.1", 2, 4)
+            ACTIONS[action](Local(ROOT, watched(disk, fault)))
         fired = fault.fired > 0
         storage = Local(ROOT, disk)
-        assert committed(storage)[-1] == good
-        training.loads(storage, training.train(storage, "1.1", 2, 6))
-        for point in committed(storage):
-            training.loads(storage, point)
-        assert audit(storage).differences(training.plan) == []
-    assert number > 100
+        opening = open_next(storage)
+        assert opening.resume is not None
+        assert opening.resume.step >= 6
+        training.loads(storage, opening.resume)
+        if number % 5 == 0:
+            go_on(storage, opening)
+    assert number > 40
 
 
 @pytest.mark.parametrize("call", ["unlink", "sync_folder", "rmdir"])
@@ -218,6 +261,27 @@ def test_what_was_left_without_a_commit_and_cannot_be_read_holds_nothing_up(
     again = Engine(Local(ROOT, watched(disk, fault)))
     assert load(again) == 4
     again.close()
+
+
+@pytest.mark.parametrize("folder", ["*step-00000002", "*step-00000002/g0.1"])
+def test_a_step_whose_folder_cannot_be_listed_holds_nothing_up(
+    engine: Engine, switch: Switch, disk: Disk, folder: str
+) -> None:
+    switch.hook = fault = Failing("names", folder, errno.EIO, times=1000)
+    assert [save(engine, step) for step in (3, 4, 5)] == [None] * 3
+    assert fault.fired
+    engine.close()
+    again = Engine(Local(ROOT, watched(disk, fault)))
+    assert load(again) == 5
+    again.close()
+
+
+def test_where_no_step_can_be_listed_nobody_starts_anew(engine: Engine, disk: Disk) -> None:
+    engine.close()
+    fault = Failing("names", "*step-*", errno.EIO, times=1000)
+    with pytest.raises(StorageError):
+        Engine(Local(ROOT, watched(disk, fault)))
+    assert next_life(Local(ROOT, disk)) == 2
 
 
 def test_where_nothing_can_be_read_nobody_starts_anew(engine: Engine, disk: Disk) -> None:
