@@ -17,6 +17,7 @@ from torch.distributed.checkpoint._hf_utils import DTYPE_MAP
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.planner import LoadPlan
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse, async_save, save
@@ -24,7 +25,7 @@ from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse, asy
 from stormjib_checkpoint.dcp import GatedStager, StormjibReader, StormjibWriter
 from stormjib_checkpoint.dcp import stager as stagers
 from stormjib_checkpoint.engine import Engine
-from stormjib_checkpoint.errors import SaveError, TornCopy
+from stormjib_checkpoint.errors import LoadError, SaveError, TornCopy
 from stormjib_checkpoint.history import committed
 from stormjib_checkpoint.state import collect
 from stormjib_checkpoint.storage import Local
@@ -156,6 +157,19 @@ def test_a_folder_that_is_saved_into_again_keeps_the_step_before(tmp_path: Path)
     assert equal(load(tmp_path, empty(), step=2), state(2))
     with pytest.raises(CheckpointException, match="step 9 is not committed"):
         load(tmp_path, empty(), step=9)
+
+
+def test_ranks_that_see_different_steps_are_told_so(tmp_path: Path) -> None:
+    """One is committed between the looks of two ranks: they must not put a model together from two steps."""
+    plans = []
+    for seed in range(2):
+        save(state(seed), storage_writer=StormjibWriter(tmp_path))
+        reader = StormjibReader(tmp_path)
+        reader.read_metadata()
+        plans.append(reader.prepare_local_plan(LoadPlan([])))
+    assert reader.prepare_global_plan(plans[:1]) == plans[:1]
+    with pytest.raises(LoadError, match=r"different steps: 0 of generation 0\.1, 1 of generation 0\.2"):
+        reader.prepare_global_plan(plans)
 
 
 def test_files_are_those_of_the_format(tmp_path: Path) -> None:
