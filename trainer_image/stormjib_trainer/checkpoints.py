@@ -7,9 +7,11 @@ Under plain torchrun nobody does that, so the engine of rank 0 opens the next ge
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import wait
 from functools import partial
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from stormjib_checkpoint import layout
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
     from stormjib_trainer.environment import Environment
     from stormjib_trainer.report import Reporter
 
+RECENT = 16
+"""Saves whose mean cost is what the next one is expected to cost: of four ranks one always has just had a hiccup."""
 Fed = dict[int, Sequence[int]]
 """step -> sample ids that this rank fed to the model."""
 
@@ -48,6 +52,7 @@ class Checkpoints:
         self._storage = self._engine.storage if self._engine else None
         self._under_way: list[tuple[Save, Fed]] = []
         self._began, self._trained_s, self.lives = time.monotonic(), 0.0, 1
+        self._costs_s: deque[float] = deque(maxlen=RECENT - 1)
         self._untold: Fed = {}
         """What was fed in steps whose saves have failed: the next one tells it."""
 
@@ -71,8 +76,9 @@ class Checkpoints:
         if not all(save.upload_completion.done() for save, _ in self._under_way):
             return False
         last, _ = self._under_way[-1]
-        cost_s = last.figures.call_s + last.figures.waited_s
-        return last.age_s() >= seconds_between(cost_s, self._env.world, self.trained_s, self.lives - 1)
+        costs_s = [*self._costs_s, last.figures.call_s + last.figures.waited_s]
+        wanted_s = seconds_between(fmean(costs_s), self._env.world, self.trained_s, self.lives - 1)
+        return last.age_s() >= wanted_s
 
     def due(self, step: int, *, hold: bool) -> bool:
         """Whether the interval asks for a save after `step`; `hold`: some rank is not ready."""
@@ -170,6 +176,7 @@ class Checkpoints:
 
     def _tell(self, save: Save) -> None:
         figures = save.figures
+        self._costs_s.append(figures.call_s + figures.waited_s)
         times = {
             "call_ms": figures.call_s,
             "wait_ms": figures.waited_s,
