@@ -11,7 +11,7 @@ from stormjib_checkpoint import layout
 from stormjib_checkpoint.engine import torn
 from stormjib_checkpoint.engine.flush import NICE, Handover, flush
 from stormjib_checkpoint.engine.staging import Copying
-from stormjib_checkpoint.engine.workers import Job, Workers
+from stormjib_checkpoint.engine.workers import IDLE, Job, Workers
 from stormjib_checkpoint.errors import SaveError, TornCopy
 from stormjib_checkpoint.format import DataFile
 from stormjib_checkpoint.left import leave
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
 IN_FLIGHT = 2
 """Saves that are not on the storage yet; a call for one more waits, and says for how long."""
-IDLE = 19
-"""Niceness of what shall take nothing but processor time that nobody else wants."""
 HANDS = 4
 """Threads that copy together at most while an optimizer waits: more do not make memory faster."""
 

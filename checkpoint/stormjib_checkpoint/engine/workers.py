@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import threading
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+IDLE = 19
 T = TypeVar("T")
 
 
@@ -41,6 +43,7 @@ class Workers:
     """A few threads that take jobs in order. They do not keep the interpreter alive: whoever has them waits for its jobs."""
 
     def __init__(self, name: str, threads: int = 1, nice: int = 0) -> None:
+        """`nice` is as for processes; `IDLE`: only while no other thread wants the processor."""
         self.threads, self._nice = threads, nice
         self._jobs: queue.SimpleQueue[Job[Any] | None] = queue.SimpleQueue()
         self._threads = [threading.Thread(target=self._run, name=name, daemon=True) for _ in range(threads)]
@@ -60,11 +63,20 @@ class Workers:
             thread.join()
 
     def _run(self) -> None:
-        if self._nice:
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), self._nice)
+        _give_way(self._nice)
         while (job := self._jobs.get()) is not None:
             job.do()
             del job  # or it would keep a whole model alive until the next one
+
+
+def _give_way(nice: int) -> None:
+    me = threading.get_native_id()
+    if nice == IDLE:
+        with contextlib.suppress(OSError):  # where it is forbidden, being as nice as can be is what is left
+            os.sched_setscheduler(me, os.SCHED_IDLE, os.sched_param(0))
+            return
+    if nice:
+        os.setpriority(os.PRIO_PROCESS, me, nice)
 
 
 def together(threads: int, work: Callable[[], None]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from fakes.watched import Call, watched
 from stormjib_checkpoint.commit import commit_step
 from stormjib_checkpoint.engine import Engine, memory
 from stormjib_checkpoint.engine import arena as arenas
+from stormjib_checkpoint.engine.workers import IDLE, Job, Workers
 from stormjib_checkpoint.errors import AlreadySaved, Inconsistent
 from stormjib_checkpoint.history import committed
 from stormjib_checkpoint.ledger import audit
@@ -191,3 +193,21 @@ def test_what_another_attempt_fed_is_not_in_the_ledger(storage: Local) -> None:
     assert audit(storage).ids(2) == []
     assert audit(storage).gaps() == [2]
     assert audit(storage).ids(3) == plan(3)
+
+
+def test_who_copies_takes_only_what_is_left_over() -> None:
+    workers = Workers("idle", nice=IDLE)
+    policy = workers.put(Job(lambda: os.sched_getscheduler(threading.get_native_id()))).future
+    assert policy.result(SOON_S) == os.SCHED_IDLE
+    workers.close()
+
+
+def test_where_that_is_forbidden_it_is_as_nice_as_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(*_: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "sched_setscheduler", forbidden)
+    workers = Workers("nice", nice=IDLE)
+    nice = workers.put(Job(lambda: os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))).future
+    assert nice.result(SOON_S) == IDLE
+    workers.close()
