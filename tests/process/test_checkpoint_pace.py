@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 pytestmark = pytest.mark.timeout(120)
-STEPS = 200
+STEPS = 400
 TINY = {
     "model.dim": 32,
     "model.heads": 2,

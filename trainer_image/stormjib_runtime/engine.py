@@ -258,7 +258,8 @@ def _at_rest(state: State, stage: Preparing, now: float) -> bool:
         agent.lost_at is not None
         or now - agent.heard > AUDIBLE * agent.heartbeat_s
         or (slot not in seated and now - stage.since > REST_S)
-        or agent.report.generation in (None, state.generation)
+        or agent.report.generation is None
+        or (state.generation is not None and agent.runs(state.generation))
         for slot, agent in state.agents.items()
     )
 

@@ -167,6 +167,8 @@ class Server:
             except Malformed as error:
                 await _answer(writer, text(error.status, str(error)), keep=False)
                 return
+            if connection.closed:
+                return  # its peer said this and was gone: nobody is told of that any more who asks for it now
             response = await connection.handle(self._handle, request)
             keep = request.headers.get("connection", "").lower() != "close"
             await _answer(writer, response, keep=keep)

@@ -52,6 +52,8 @@ class Checkpoints:
         self._storage = self._engine.storage if self._engine else None
         self._under_way: list[tuple[Save, Fed]] = []
         self._began, self._trained_s, self.lives = time.monotonic(), 0.0, 1
+        self._first: Save | None = None
+        """What it costs says little of the next one: it makes the plan."""
         self._costs_s: deque[float] = deque(maxlen=RECENT - 1)
         self._untold: Fed = {}
         """What was fed in steps whose saves have failed: the next one tells it."""
@@ -76,6 +78,8 @@ class Checkpoints:
         if not all(save.upload_completion.done() for save, _ in self._under_way):
             return False
         last, _ = self._under_way[-1]
+        if last is self._first:
+            return True
         costs_s = [*self._costs_s, last.figures.call_s + last.figures.waited_s]
         wanted_s = seconds_between(fmean(costs_s), self._env.world, self.trained_s, self.lives - 1)
         return last.age_s() >= wanted_s
@@ -116,6 +120,7 @@ class Checkpoints:
             samples |= told
         samples |= fed
         save = self._begin(self._engine, step, state, train, samples)
+        self._first = self._first or save
         self._count(self._engine)
         save.upload_completion.add_done_callback(partial(self._ended, self._engine, step))
         self._under_way.append((save, samples))
@@ -176,7 +181,8 @@ class Checkpoints:
 
     def _tell(self, save: Save) -> None:
         figures = save.figures
-        self._costs_s.append(figures.call_s + figures.waited_s)
+        if save is not self._first:
+            self._costs_s.append(figures.call_s + figures.waited_s)
         times = {
             "call_ms": figures.call_s,
             "wait_ms": figures.waited_s,

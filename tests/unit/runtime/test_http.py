@@ -266,3 +266,26 @@ def test_addresses_are_read_with_and_without_brackets() -> None:
 
 def test_the_two_halves_share_their_limits() -> None:
     assert (http.MAX_HEAD, http.MAX_BODY) == (8 * 1024, 1 << 20)
+
+
+async def test_what_a_peer_said_before_it_was_gone_is_not_taken_up_any_more() -> None:
+    """Nobody would be told that it is gone: whoever asks for that asks while its request is answered."""
+    asked: list[Request] = []
+
+    async def handler(request: Request) -> Response:
+        asked.append(request)
+        return Response(200)
+
+    server = await serve({("GET", "/"): handler}, "127.0.0.1", 0)
+    try:
+        for gone in (False, True):
+            connection, reader = http_server.Connection(), asyncio.StreamReader()
+            reader.feed_data(b"GET / HTTP/1.1\r\nconnection: close\r\n\r\n")
+            if gone:
+                connection.ended()
+            writer = await asyncio.open_connection("127.0.0.1", server.port)
+            await server._talk(connection, reader, writer[1])
+            writer[1].close()
+            assert len(asked) == 1, "the first one is answered"
+    finally:
+        await server.close()
