@@ -24,8 +24,10 @@ def begin(engine: Engine, step: int) -> Save:
 
 
 def save(engine: Engine, step: int) -> BaseException | None:
-    """Save a step; how that failed."""
-    return begin(engine, step).upload_completion.exception(SOON_S)
+    """Save a step, and have what is too old deleted; how that failed."""
+    failed = begin(engine, step).upload_completion.exception(SOON_S)
+    engine._pipeline.tidied()
+    return failed
 
 
 def load(engine: Engine) -> int:
