@@ -272,7 +272,8 @@ class Storm(RuleBasedStateMachine):
         members = self.world.state.members
         known = all(self.world.state.agent(m) is not None for m in members)
         losing = any(self.world.agents[m.slot].leaving for m in members)
-        return known and not losing and len(members) == held.replicas and not self.pending()
+        told = any(m.slot not in self.world.cut for m in members)  # or nobody could know that all advance
+        return known and told and not losing and len(members) == held.replicas and not self.pending()
 
     def pending(self) -> bool:
         """Whether a report on its way already holds a fault."""
