@@ -62,6 +62,17 @@ def eventually(what: str, seconds: float, found: Callable[[], Any]) -> Any:
     return value
 
 
+def told(kubectl: Kubectl, *reasons: str, about: str = "") -> None:
+    """Wait for events with these reasons, about one object where it is named: they are written after what they tell of."""
+
+    def missing() -> set[str]:
+        events = kubectl.get("events")["items"]
+        mine = (event for event in events if about in ("", event["involvedObject"]["name"]))
+        return set(reasons) - {event["reason"] for event in mine}
+
+    eventually(f"events {', '.join(reasons)}", 20, lambda: not missing())
+
+
 def inotify_limit() -> int:
     """Instances that all processes of one user may have together."""
     return int(Path("/proc/sys/fs/inotify/max_user_instances").read_text())

@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from cluster.kube import Kubectl, eventually
+from cluster.kube import Kubectl, eventually, told
 from cluster.operator import children, install, job, pods, wait_for, wait_running
 
 from bench.stage import SYSTEM
@@ -205,8 +205,7 @@ def test_a_drained_node_is_a_planned_leave_that_costs_no_budget(kubectl: Kubectl
         seen = status(kubectl)
         assert seen["restarts"] == {"total": 0, "counted": 0}
         assert seen["faults"] == []
-        reasons = {event["reason"] for event in kubectl.get("events")["items"]}
-        assert {"Leave", "SlotReplaced"} <= reasons
+        told(kubectl, "Leave", "SlotReplaced")
     finally:
         kubectl("uncordon", node)
 
@@ -247,7 +246,7 @@ def test_a_job_that_is_applied_again_on_the_same_claim_goes_on_above_its_predece
     kubectl.apply(again)
     wait_running(kubectl, "job", 90)
     assert (first, status(kubectl)["generation"]) == ("1.1", "2.1")
-    assert "StorageFound" in {event["reason"] for event in kubectl.get("events")["items"]}
+    told(kubectl, "StorageFound")
 
 
 @pytest.mark.timeout(150)
