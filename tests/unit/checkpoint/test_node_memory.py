@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -82,6 +83,11 @@ def lost(engine: Engine, step: int) -> None:
     save = engine.async_save(state(step), step=step, train={"step": step})
     with pytest.raises(StorageError):
         save.upload_completion.result(SOON_S)
+    assert engine._memory is not None
+    deadline = time.monotonic() + SOON_S
+    while step not in [one.record.step for one in staged(engine._memory)]:  # another thread says it
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
 
 
 def resumed(root: Path, near: Near | None = None) -> int:
