@@ -212,17 +212,16 @@ class Engine:
         tensors = planned.tensors(state)
         with torch.no_grad():
             clones = {name: copyable(local_of(state[name])).clone() for name in planned.volatile}
+        values = _frozen(planned.others(state), "state"), _frozen(dict(train), "train"), checked_ids(samples)
         self._have(planned.image.size)
         return Taken(
             Part(step, GenerationId.parse(self.generation), self.rank, self.world),
-            self._berths.next(),
+            self._berths.next(),  # after all that can be refused: the slot of the save before must not come up too soon
             planned,
             tensors,
             torn.versions(tensors),
             clones,
-            _frozen(planned.others(state), "state"),
-            _frozen(dict(train), "train"),
-            checked_ids(samples),
+            *values,
             _device_ready(tensors),
         )
 

@@ -16,7 +16,7 @@ from stormjib_checkpoint import layout
 from stormjib_checkpoint.adopting import adopt
 from stormjib_checkpoint.engine import Engine
 from stormjib_checkpoint.engine import arena as arenas
-from stormjib_checkpoint.errors import StorageError
+from stormjib_checkpoint.errors import StorageError, UnsupportedState
 from stormjib_checkpoint.files import Posix
 from stormjib_checkpoint.history import committed
 from stormjib_checkpoint.layout import GenerationId
@@ -125,6 +125,17 @@ def test_of_two_steps_in_memory_both_are_finished(
     lost(engine, 3)
     assert adopt(Local(places[0]), places[1]).parts == ((2, 0), (3, 0))
     assert resumed(places[0]) == 3
+
+
+def test_a_call_that_is_refused_takes_no_slot_from_the_save_before(
+    engine: Engine, places: tuple[Path, Path], disk: Cut
+) -> None:
+    disk.takes = ()
+    lost(engine, 2)
+    with pytest.raises(UnsupportedState):
+        engine.async_save(state(3), step=3, train={"when": object()})
+    lost(engine, 3)
+    assert sorted(one.record.step for one in staged(places[1])) == [2, 3]
 
 
 @contextmanager
