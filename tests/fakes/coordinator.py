@@ -125,7 +125,10 @@ class HttpAgent:
         self.obeyed: list[tuple[float, Order]] = []
         self.reports = 0
         """Answered ones."""
-        self._body: tuple[Report | None, bytes] = None, b""
+        self.told = -1
+        """The newest step of an answered one."""
+        self._finished = -1, 0.0
+        """The newest step, and when it was."""
         self._told: tuple[Generation | None, ...] = ()
         self._news = asyncio.Event()
         self._registered = asyncio.Event()
@@ -141,24 +144,31 @@ class HttpAgent:
         while self.fake.alive:
             self._news.clear()
             with suppress(RequestFailed):
-                report = self.fake.report()
+                report = self._aged(self.fake.report())
                 answer = await self._report_client.request(
                     "POST", "/v1/report", body=self._encoded(report), timeout_s=3
                 )
                 self._told = (report.generation,) if answer.status == 200 else ()
                 self.reports += answer.status == 200
+                self.told = self._finished[0] if answer.status == 200 else self.told
                 self._take(answer)
             with suppress(TimeoutError):
                 async with asyncio.timeout(self.fake.last.heartbeat_s if self.fake.last else HEARTBEAT_S):
                     await self._news.wait()
 
+    def _aged(self, report: Report) -> Report:
+        """The report with the age of its newest step: whoever says at every heartbeat that it has just finished one says that it
+        trains, and nobody else's end is believed."""
+        step = max((rank.step for rank in report.ranks), default=-1)
+        if step != self._finished[0]:
+            self._finished = step, time.monotonic()
+        age = time.monotonic() - self._finished[1]
+        return replace(report, ranks=tuple(replace(rank, step_age_s=age) for rank in report.ranks))
+
     def _encoded(self, report: Report) -> bytes:
-        """Encoded once while it is the same: a thousand of these share a processor with what is tested."""
         if report.generation is not None:
             report = replace(report, generation=report.generation.brief(*self._told))
-        if report != self._body[0]:
-            self._body = report, encode(report)
-        return self._body[1]
+        return encode(report)
 
     async def _poll(self) -> None:
         await self._registered.wait()
@@ -230,4 +240,6 @@ async def step(coordinator: Process, agents: list[HttpAgent], number: int) -> No
             if agent.fake.slot in members:
                 agent.fake.step(number)
                 agent.changed()
+        while any(agent.fake.slot in members and agent.told < number for agent in agents):
+            await asyncio.sleep(0.01)
     await coordinator.until(lambda one: one.step >= number and one.phase is JobPhase.RUNNING)

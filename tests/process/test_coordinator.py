@@ -201,6 +201,7 @@ async def test_a_killed_container_is_seen_by_its_connection_and_replaced_by_the_
     async with running_job(tmp_path, bounds(2, 1, spares=1)) as (coordinator, agents):
         killed = time.monotonic()
         await agents[0].close()
+        agents[1].changed()  # a heartbeat that comes just now tells of no new step
         state = await coordinator.until(lambda one: len(one.history) == 2)
         assert time.monotonic() - killed < 2.5, "far below three missed heartbeats"
         assert state.history[1].generation.cause is Cause.CONTAINER_EXIT
