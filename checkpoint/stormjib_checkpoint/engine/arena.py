@@ -7,12 +7,14 @@ arena of the size of the rank's file is enough, and two saves may overlap.
 from __future__ import annotations
 
 import ctypes
+import logging
 import mmap
 import os
 import threading
+import weakref
 from typing import TYPE_CHECKING
 
-from stormjib_checkpoint.engine import memory
+from stormjib_checkpoint.engine import memory, pinning
 from stormjib_checkpoint.errors import ArenaTooLarge
 from stormjib_checkpoint.format import PIECE_BYTES
 
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
 
 ALIGNMENT = 4096
 """Of address and length of what goes to the disk past the page cache."""
+
+
+_log = logging.getLogger(__name__)
 
 
 class Arena:
@@ -40,6 +45,7 @@ class Arena:
         self.view = memoryview(self._map)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
         self.piece_bytes = PIECE_BYTES
+        self._pinned = False
         self._held = [False] * -(-self.size // PIECE_BYTES)
         self._changed = threading.Condition()
 
@@ -48,6 +54,18 @@ class Arena:
         if not memory.touch(self.address, self.size):
             for start in range(0, self.size, memory.PAGE):
                 self.view[start] = 0
+
+    def pin(self) -> None:
+        """Have a device copy to it beside the processor; where that is forbidden copies are slower, and nothing else."""
+        if self._pinned:
+            return
+        self._pinned = True
+        if pinning.pin(self.address, self.size):
+            weakref.finalize(self, pinning.unpin, self.address)
+        else:
+            _log.warning(
+                "copies from the GPU are slower: %d bytes may not be locked; raise RLIMIT_MEMLOCK", self.size
+            )
 
     def take(self, piece: int) -> None:
         """Hold a piece; waits until the save before has written it."""

@@ -55,6 +55,11 @@ class Berths:
         for berth in self._berths:
             berth.arena.touch()
 
+    def pin(self) -> None:
+        """Have devices copy to it beside the processor."""
+        for berth in self._berths:
+            berth.arena.pin()
+
     def next(self) -> Berth:
         """The berth of the next save, which is the one that has not been used longest."""
         self._turn += 1

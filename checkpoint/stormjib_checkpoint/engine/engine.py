@@ -13,7 +13,6 @@ import logging
 import marshal
 import os
 from concurrent.futures import wait
-from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -22,7 +21,7 @@ import torch
 from stormjib_checkpoint import reader
 from stormjib_checkpoint import state as states
 from stormjib_checkpoint.commit import commit_when_complete
-from stormjib_checkpoint.engine import group, torn
+from stormjib_checkpoint.engine import device, group, torn
 from stormjib_checkpoint.engine.berths import Berths
 from stormjib_checkpoint.engine.gate import Gate
 from stormjib_checkpoint.engine.pipeline import IN_FLIGHT, Pipeline
@@ -119,6 +118,8 @@ class Engine:
             size += sum(2 * _local_bytes(parameter) + NAMED_BYTES for parameter in model.parameters())
         self._have(size)
         self._berths.touch()
+        if any(map(device.on_device, model.parameters())):
+            self._berths.pin()
 
     def reserve(self, state: Mapping[str, Value]) -> None:
         """As `prepare`, for a state that is complete already. Raises UnsupportedState, ArenaTooLarge."""
@@ -222,7 +223,7 @@ class Engine:
             torn.versions(tensors),
             clones,
             *values,
-            _device_ready(tensors),
+            device.marks(tensors),
         )
 
     def _planned(self, state: Mapping[str, Value]) -> Plan:
@@ -314,14 +315,6 @@ def _frozen(values: dict[str, Json], where: str) -> bytes:
     except ValueError as error:
         refuse_unstorable(values, where)
         raise UnsupportedState(f"{where}: {error}") from error
-
-
-def _device_ready(tensors: Sequence[torch.Tensor]) -> Callable[[], None]:
-    if not any(map(attrgetter("is_cuda"), tensors)):
-        return lambda: None
-    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    event.record()
-    return event.synchronize
 
 
 def _local_bytes(tensor: torch.Tensor) -> int:

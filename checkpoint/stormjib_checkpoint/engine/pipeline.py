@@ -5,10 +5,12 @@ from __future__ import annotations
 import marshal
 import os
 from concurrent.futures import Future, wait
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
 
 from stormjib_checkpoint import layout
 from stormjib_checkpoint.engine import torn
+from stormjib_checkpoint.engine.device import Fetching, Lanes
 from stormjib_checkpoint.engine.flush import NICE, Handover, flush
 from stormjib_checkpoint.engine.staging import Copying
 from stormjib_checkpoint.engine.workers import IDLE, Job, Workers
@@ -31,6 +33,9 @@ IN_FLIGHT = 2
 """Saves that are not on the storage yet; a call for one more waits, and says for how long."""
 HANDS = 4
 """Threads that copy together at most while an optimizer waits: more do not make memory faster."""
+
+
+T = TypeVar("T")
 
 
 class Staging:
@@ -59,6 +64,27 @@ class Staging:
             self._begun.result().work()
 
 
+class DeviceStaging:
+    """The copying of one save that lies on a device: whoever waits for it waits on the device's stream, not on the host."""
+
+    def __init__(self, fetch: Callable[[Future[Fetching | None]], None], done: Future[None]) -> None:
+        self._asked: Future[Fetching | None] = Future()
+        self.job = Job(lambda: fetch(self._asked), done)
+
+    @property
+    def done(self) -> bool:
+        """It is over, one way or the other."""
+        return self.job.future.done()
+
+    def hurry(self) -> None:
+        """Until all is asked for; until it is done where something else than optimizers may change what is copied."""
+        fetching = self._asked.result() if self._asked.exception() is None else None
+        if fetching is not None:
+            fetching.hold()
+        else:
+            wait([self.job.future])
+
+
 class Pipeline:
     """Takes saves from the call to the storage. `commit` is asked for each step that is durable here, and `tidy` after it."""
 
@@ -66,7 +92,10 @@ class Pipeline:
         self, storage: Storage, gate: Gate, commit: Callable[[Save], None], tidy: Callable[[Save], None]
     ) -> None:
         self._storage, self._gate, self._commit, self._tidy = storage, gate, commit, tidy
+        self._lanes = Lanes()
         self._stage = Workers("stormjib-stage", nice=IDLE)
+        # It is asked for all at once, and the host waits for that: not by who only runs while nobody else wants to.
+        self._fetchers = Workers("stormjib-fetch", nice=NICE)
         self._hands = Workers("stormjib-hand", hands())
         self._tell = Workers("stormjib-tell", nice=NICE)
         self._flush = Workers("stormjib-flush", IN_FLIGHT, nice=NICE)
@@ -75,17 +104,13 @@ class Pipeline:
     def begin(self, save: Save, taken: Taken, older: Save | None) -> None:
         """Shut the gate and let it go. `older` is the save before: steps are staged, and committed, in order."""
         handover, staged = Handover(), Future[DataFile]()
-        staging = Staging(
-            self._hands,
-            lambda begun: self._to_memory(save, taken, handover, begun, staged),
-            save.staging_completion,
-        )
+        staging = self._staging(save, taken, handover, staged)
         told = self._tell.put(Job(lambda: _told(taken, staged, self._storage.key))).future
         self._gate.shut(staging, save.figures)
         self._flush.put(
             Job(lambda: self._to_storage(save, taken, older, handover, told), save.upload_completion)
         )
-        self._stage.put(staging.job)
+        (self._fetchers if taken.marks else self._stage).put(staging.job)
         self._tidying.put(Job(lambda: self._tidy_after(save)))
 
     def tidied(self) -> None:
@@ -94,20 +119,33 @@ class Pipeline:
 
     def close(self) -> None:
         """Wait for all saves that have begun."""
-        for workers in (self._stage, self._hands, self._tell, self._flush, self._tidying):
+        for workers in (self._stage, self._fetchers, self._hands, self._tell, self._flush, self._tidying):
             workers.close()
+
+    def _staging(
+        self, save: Save, taken: Taken, handover: Handover, staged: Future[DataFile]
+    ) -> Staging | DeviceStaging:
+        def to_memory(
+            copy: Callable[[Save, Taken, Handover, Future[T]], DataFile],
+        ) -> Callable[[Future[T]], None]:
+            return lambda begun: self._to_memory(
+                save, handover, begun, staged, partial(copy, save, taken, handover, begun)
+            )
+
+        if taken.marks:
+            return DeviceStaging(to_memory(self._fetch), save.staging_completion)
+        return Staging(self._hands, to_memory(self._copy), save.staging_completion)
 
     def _to_memory(
         self,
         save: Save,
-        taken: Taken,
         handover: Handover,
-        begun: Future[Copying],
+        begun: Future[T],
         staged: Future[DataFile],
+        copy: Callable[[], DataFile],
     ) -> None:
         try:
-            taken.ready()
-            data = self._copy(save, taken, handover, begun)
+            data = copy()
             save.figures.staged_s = save.age_s()
         except BaseException as error:
             if not begun.done():
@@ -119,25 +157,32 @@ class Pipeline:
         staged.set_result(data)
 
     def _copy(self, save: Save, taken: Taken, handover: Handover, begun: Future[Copying]) -> DataFile:
-        found = taken.plan.locals_of(taken.tensors)
-        if found is None:
-            raise SaveError(
-                f"step {save.step} is not saved: the type or the sharding of a tensor is not what it was at the save before. "
-                "The next save is planned anew."
-            )
-        parts = taken.plan.image.parts
-        sources = [taken.clones.get(p.name, local) for p, local in zip(parts, found, strict=True)]
-        if taken.berth.slot is not None:
-            taken.berth.slot.clear()
-        copying = Copying(taken.plan.image, sources, taken.berth.arena, handover.put)
+        found = _locals(save, taken)
+        copying = Copying(taken.plan.image, _sources(taken, found), taken.berth.arena, handover.put)
         begun.set_result(copying)
         data = copying.finish()
-        name = torn.changed(self._copied(taken, found), save.step)
-        if name is not None:
-            raise TornCopy(
-                f"step {save.step} is not saved: {name} changed while it was copied. Call the engine's guard() before "
-                "whatever changes it, or name it in volatile="
-            )
+        _refuse_torn(save, self._copied(taken, found))
+        return data
+
+    def _fetch(
+        self, save: Save, taken: Taken, handover: Handover, asked: Future[Fetching | None]
+    ) -> DataFile:
+        found = _locals(save, taken)
+        lanes = {device: self._lanes.of(device) for device in taken.marks}
+        for device, mark in taken.marks.items():
+            lanes[device].begin(mark)
+        taken.berth.arena.pin()
+        with Fetching(
+            taken.plan.image, _sources(taken, found), taken.berth.arena, handover.put, lanes
+        ) as fetching:
+            fetching.ask()
+            copied = self._copied(taken, found)
+            guarded = [one for one in copied if one.trusted]
+            _refuse_torn(save, guarded)
+            # What others may change has to be compared when it has come, and until then nobody may go on.
+            asked.set_result(fetching if len(guarded) == len(copied) else None)
+            data = fetching.finish()
+        _refuse_torn(save, [one for one in copied if not one.trusted])
         return data
 
     def _copied(self, taken: Taken, found: Sequence[torch.Tensor]) -> list[torn.Copied]:
@@ -174,6 +219,32 @@ class Pipeline:
         wait([save.upload_completion])
         if save.point is not None:
             self._tidy(save)
+
+
+def _locals(save: Save, taken: Taken) -> list[torch.Tensor]:
+    found = taken.plan.locals_of(taken.tensors)
+    if found is None:
+        raise SaveError(
+            f"step {save.step} is not saved: the type or the sharding of a tensor is not what it was at the save before. "
+            "The next save is planned anew."
+        )
+    if taken.berth.slot is not None:
+        taken.berth.slot.clear()
+    return found
+
+
+def _sources(taken: Taken, found: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    parts = taken.plan.image.parts
+    return [taken.clones.get(part.name, local) for part, local in zip(parts, found, strict=True)]
+
+
+def _refuse_torn(save: Save, copied: Sequence[torn.Copied]) -> None:
+    name = torn.changed(copied, save.step)
+    if name is not None:
+        raise TornCopy(
+            f"step {save.step} is not saved: {name} changed while it was copied. Call the engine's guard() before "
+            "whatever changes it, or name it in volatile="
+        )
 
 
 def _told(taken: Taken, staged: Future[DataFile], key: bytes | None) -> Records:

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     import torch
 
     from stormjib_checkpoint.engine.berths import Berth
+    from stormjib_checkpoint.engine.device import Marks
     from stormjib_checkpoint.engine.plan import Plan
     from stormjib_checkpoint.format import ResumePoint
     from stormjib_checkpoint.writer import Part
@@ -68,5 +69,5 @@ class Taken(NamedTuple):
     scalars: bytes
     train: bytes
     samples: dict[int, tuple[int, ...]]
-    ready: Callable[[], None]
-    """Waits until a device has done what was asked of it before the call."""
+    marks: Marks
+    """Where the devices stood that the state lies on; empty where all of it lies on the host."""

@@ -15,7 +15,7 @@ from stormjib_checkpoint.format import DataFile
 from stormjib_checkpoint.tensors import is_direct, on_host
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from stormjib_checkpoint.engine.arena import Arena
     from stormjib_checkpoint.image import Image
@@ -89,14 +89,10 @@ class Copying:
         self._staged(piece)
 
     def _fill(self, piece: int) -> str:
-        at = piece * self._arena.piece_bytes
-        end = min(at + self._arena.piece_bytes, self._size)
-        number = bisect_right(self._starts, at) - 1
+        start = piece * self._arena.piece_bytes
         digest = xxhash.xxh3_64()
-        while at < end:
-            upto = min(end, self._starts[number + 1])
+        for number, at, upto in spans(self._starts, start, min(start + self._arena.piece_bytes, self._size)):
             self._copy(number, at, upto, digest)
-            at, number = upto, number + 1
         return digest.hexdigest()
 
     def _copy(self, number: int, at: int, upto: int, digest: xxhash.xxh3_64) -> None:
@@ -115,3 +111,12 @@ class Copying:
         if self._on_host is None or self._on_host[0] != number:
             self._on_host = (number, on_host(tensor))
         return self._on_host[1]
+
+
+def spans(starts: Sequence[int], at: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """Cut the bytes from `at` to `end` of a file where its parts begin: (number of the part, first byte, byte after the last)."""
+    number = bisect_right(starts, at) - 1
+    while at < end:
+        upto = min(end, starts[number + 1])
+        yield number, at, upto
+        at, number = upto, number + 1
