@@ -9,17 +9,17 @@ import contextlib
 import difflib
 from collections.abc import Callable
 from itertools import groupby
-from operator import attrgetter, itemgetter
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from operator import attrgetter
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
 from stormjib_checkpoint.boxes import runs
 from stormjib_checkpoint.errors import DamagedCheckpoint, FormatError, NotThere, StateMismatch
+from stormjib_checkpoint.filling import Copy, Filling
 from stormjib_checkpoint.format import ITEM_BYTES, Atom, DataFile
 from stormjib_checkpoint.objects import from_json
 from stormjib_checkpoint.overlap import clash, put, shared
-from stormjib_checkpoint.pieces import piece_digest
 from stormjib_checkpoint.step import CommittedStep, unreadable_is_damaged
 from stormjib_checkpoint.tensors import ABSENT, Held, Value, empty, held, is_direct, memory
 
@@ -130,42 +130,28 @@ class Checkpoint:
             self._read_rank(rank, list(of_rank))
 
     @unreadable_is_damaged()
-    def _read_rank(self, rank: int, copies: list[_Copy]) -> None:
+    def _read_rank(self, rank: int, copies: list[Copy]) -> None:
         path = self._step.data_path(rank)
         data = self._step.rank(rank).data
         if self._near is not None:
             with contextlib.suppress(NotThere, DamagedCheckpoint), self._near.open(path) as file:
-                return self._read_pieces(file, rank, data, copies)
+                return self._fill(file, rank, data, copies)
         try:
             with self._storage.open(path) as file:
                 if file.size != data.bytes:
                     raise DamagedCheckpoint(f"{path} has {file.size} bytes; {data.bytes} were written")
-                self._read_pieces(file, rank, data, copies)
+                self._fill(file, rank, data, copies)
         except NotThere as error:
             raise self._step.lost(path) from error
 
-    def _read_pieces(self, file: Opened, rank: int, data: DataFile, copies: list[_Copy]) -> None:
-        buffer = memoryview(bytearray(min(data.piece_bytes, data.bytes)))
-        for index in range(self._header_bytes(rank) // data.piece_bytes):
-            # Nobody reads tensors from these, so nobody else proves them.
-            self._proved(file, rank, data, index, buffer)
-        ordered = sorted(_cut(copies, data.piece_bytes), key=itemgetter(0))  # two may want the same bytes
-        for index, cuts in groupby(ordered, key=itemgetter(0)):
-            start = index * data.piece_bytes
-            piece = self._proved(file, rank, data, index, buffer)
-            for _, copy in cuts:
-                copy.target[copy.into : copy.into + copy.length] = piece[copy.start - start :][: copy.length]
-
-    def _proved(self, file: Opened, rank: int, data: DataFile, index: int, buffer: memoryview) -> memoryview:
-        """A piece, read into `buffer`."""
-        start = index * data.piece_bytes
-        piece = buffer[: min(data.piece_bytes, data.bytes - start)]
-        if file.read_into(start, piece) != len(piece) or piece_digest(piece) != data.pieces[index]:
-            raise DamagedCheckpoint(
-                f"{self._step.data_path(rank)}: bytes {start} to {start + len(piece)} are not those that were written; "
-                f"they hold {self._names(rank, start, start + len(piece))}"
+    def _fill(self, file: Opened, rank: int, data: DataFile, copies: list[Copy]) -> None:
+        def damage(start: int, end: int) -> DamagedCheckpoint:
+            return DamagedCheckpoint(
+                f"{self._step.data_path(rank)}: bytes {start} to {end} are not those that were written; "
+                f"they hold {self._names(rank, start, end)}"
             )
-        return piece
+
+        Filling(file, data, self._header_bytes(rank), copies, damage).run(self._storage.writers)
 
     def _header_bytes(self, rank: int) -> int:
         return min(box.start for atom in self.atoms.values() for box in atom.boxes if box.rank == rank)
@@ -182,16 +168,6 @@ class Checkpoint:
         )
 
 
-class _Copy(NamedTuple):
-    """`length` bytes from `start` of a rank's file, to `into` of a target's memory."""
-
-    rank: int
-    start: int
-    length: int
-    into: int
-    target: memoryview
-
-
 class _Target:
     """The local memory that one tensor is filled through: its own where that is contiguous on the CPU, and not `apart`."""
 
@@ -200,27 +176,16 @@ class _Target:
         own = is_direct(part.local) and not apart
         self.memory = part.local if own else empty(part.box.shape, part.local.dtype)
 
-    def copies(self, atom: Atom) -> Iterator[_Copy]:
-        size, target = ITEM_BYTES[atom.dtype], memory(self.memory)
+    def copies(self, atom: Atom) -> Iterator[Copy]:
+        size, target, address = ITEM_BYTES[atom.dtype], memory(self.memory), self.memory.data_ptr()
         for stored in atom.boxes:
             for run in runs(stored.box, self.part.box):
                 start = stored.start + run.source * size
-                yield _Copy(stored.rank, start, run.length * size, run.target * size, target)
+                yield Copy(stored.rank, start, run.length * size, run.target * size, target, address)
 
     def finish(self) -> None:
         if self.memory is not self.part.local:
             put(self.part.local, self.memory)
-
-
-def _cut(copies: Iterable[_Copy], piece_bytes: int) -> Iterator[tuple[int, _Copy]]:
-    """Each copy cut at the borders of pieces, with the piece it lies in."""
-    for copy in copies:
-        at, end = copy.start, copy.start + copy.length
-        while at < end:
-            piece = at // piece_bytes
-            upto = min(end, (piece + 1) * piece_bytes)
-            yield piece, _Copy(copy.rank, at, upto - at, copy.into + at - copy.start, copy.target)
-            at = upto
 
 
 def _renamed(table: Mapping[str, T], rename: Rename | None) -> dict[str, T]:

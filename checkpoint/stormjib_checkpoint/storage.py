@@ -59,7 +59,7 @@ class Storage(Protocol):
 
     @property
     def writers(self) -> int:
-        """How many threads that write at once keep it busy."""
+        """How many threads that write, or read, at once keep it busy."""
 
     def new(self, path: str, size: int) -> contextlib.AbstractContextManager[NewFile]:
         """A new file of `size` bytes: what is written behind them is cut off. It is there, durable and whole, when the block ends;
