@@ -70,6 +70,7 @@ def _store(url: str, patience: Patience, options: Mapping[str, Any], key: bytes 
 
 def _by_obstore(scheme: str, bucket: str, patience: Patience, options: Mapping[str, Any]) -> Client:
     try:
+        from obstore.exceptions import BaseError
         from obstore.store import from_url
 
         from stormjib_checkpoint.stores.with_obstore import Obstore
@@ -81,7 +82,14 @@ def _by_obstore(scheme: str, bucket: str, patience: Patience, options: Mapping[s
     client = {"timeout": timedelta(seconds=patience.request_s), "allow_http": _plain_http(options)}
     again = {"retry_timeout": timedelta(seconds=patience.again_s)}
     made: Any = from_url  # its overloads want the options of one kind of store
-    return Obstore(made(url, config=config, client_options=client, retry_config=again), url)
+    try:
+        return Obstore(made(url, config=config, client_options=client, retry_config=again), url)
+    except BaseError:  # its own text shows what it could not read
+        raise StorageError(
+            url,
+            "what the environment says of the store is not enough, or cannot be read",
+            "Give the account (AZURE_STORAGE_ACCOUNT_NAME), a whole key, and an endpoint that is a URL.",
+        ) from None
 
 
 def _by_s3fs(scheme: str, bucket: str, patience: Patience, options: Mapping[str, Any]) -> Client:
