@@ -79,9 +79,20 @@ async def test_a_client_that_the_image_lacks_is_named_with_the_fix(tmp_path: Pat
             await child.scan()
 
 
-async def test_a_store_whose_account_is_missing_is_refused_in_words_of_ours() -> None:
-    env = {name: value for name, value in os.environ.items() if not name.startswith("AZURE_")}
-    async with started("az://container/run", env) as child:
-        with pytest.raises(CheckpointError, match=r"az://container: .*AZURE_STORAGE_ACCOUNT_NAME") as caught:
+@pytest.mark.parametrize(
+    ("url", "given", "fix"),
+    [
+        ("s3://bucket/run", {"AWS_ACCESS_KEY_ID": "half"}, "Give AWS_ACCESS_KEY_ID and AWS_SECRET"),
+        ("gs://bucket/run", {"GOOGLE_SERVICE_ACCOUNT_KEY": "{}"}, "Give the whole JSON of a key"),
+        ("az://container/run", {}, "Give AZURE_STORAGE_ACCOUNT_NAME"),
+    ],
+)
+async def test_an_environment_that_a_client_cannot_be_made_of_is_refused_in_words_of_ours(
+    url: str, given: dict[str, str], fix: str
+) -> None:
+    theirs = ("AWS_", "AZURE_", "GOOGLE_")
+    env = {name: value for name, value in os.environ.items() if not name.startswith(theirs)} | given
+    async with started(url, env) as child:
+        with pytest.raises(CheckpointError, match=f"{url[:-4]}: .*{fix}") as caught:
             await child.scan()
         assert "Traceback" not in str(caught.value)

@@ -21,7 +21,13 @@ PROBE_S = 20.0
 """How long the first look at a store may take, whatever its client is waiting for."""
 NICE = 10
 """Of the client's threads, which it starts when it is first used: training goes first."""
-_OBSTORE = ("s3", "gs", "az")
+_ENOUGH = {
+    "s3": "Give AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, both or neither, and an endpoint that is a URL.",
+    "gs": "Give the whole JSON of a key in GOOGLE_SERVICE_ACCOUNT_KEY, or leave it out.",
+    "az": "Give AZURE_STORAGE_ACCOUNT_NAME, a whole key or token, and an endpoint that is a URL.",
+}
+"""What a store's client cannot be made without."""
+_OBSTORE = tuple(_ENOUGH)
 _S3FS = "fsspec+s3"
 
 
@@ -88,7 +94,7 @@ def _by_obstore(scheme: str, bucket: str, patience: Patience, options: Mapping[s
         raise StorageError(
             url,
             "what the environment says of the store is not enough, or cannot be read",
-            "Give the account (AZURE_STORAGE_ACCOUNT_NAME), a whole key, and an endpoint that is a URL.",
+            _ENOUGH[scheme],
         ) from None
 
 
