@@ -11,7 +11,7 @@ import copy
 import json
 from typing import TYPE_CHECKING, Any
 
-from stormjib_operator import names
+from stormjib_operator import names, storage
 from stormjib_operator.observed import Job, Manifest, Render, Rendered
 from stormjib_runtime.wire import INTERVAL_AUTO, Env
 
@@ -24,7 +24,6 @@ RUNTIME_DIR = "/opt/stormjib"
 """Where the init container puts agent, zygote and the checkpoint child; the same in any image."""
 RUN_DIR = "/stormjib/run"
 HOME = "/stormjib/home"
-STORAGE = "/stormjib/storage"
 _POD_SECURITY: Manifest = {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
 _SECURITY: Manifest = {
     "allowPrivilegeEscalation": False,
@@ -172,13 +171,13 @@ def _volumes(spec: Manifest, trainer: Manifest, wanted: Spec) -> None:
         ("stormjib-shm", "/dev/shm", {"emptyDir": shared_memory}),
     ]
     if wanted.checkpoint is not None:
-        claim = wanted.checkpoint.storage.persistent_volume_claim.claim_name
-        places.append(("stormjib-storage", STORAGE, {"persistentVolumeClaim": {"claimName": claim}}))
+        places += storage.volumes(wanted.checkpoint)
     taken = {mount["mountPath"].rstrip("/") for mount in mounts}
     for name, path, source in places:
         if path not in taken:
             volumes.append({"name": name} | source)
-            mounts.append({"name": name, "mountPath": path})
+            read_only = {"readOnly": True} if "secret" in source else {}
+            mounts.append({"name": name, "mountPath": path} | read_only)
 
 
 def _trainer_env(job: Job, spec: Manifest, given: list[Manifest]) -> list[Manifest]:
@@ -203,7 +202,9 @@ def _trainer_env(job: Job, spec: Manifest, given: list[Manifest]) -> list[Manife
     ]
     reserved = {each["name"] for each in ours} | {Env.SLOT, Env.COORDINATOR}
     theirs = [each for name, each in named.items() if name not in reserved]
-    return _env({k: v for k, v in defaults.items() if k not in named}) + theirs + ours
+    checkpoint = job.spec.checkpoint
+    secret = storage.credentials(checkpoint, named) if checkpoint is not None else []
+    return _env({k: v for k, v in defaults.items() if k not in named}) + theirs + secret + ours
 
 
 def _settings(job: Job, spec: Manifest) -> dict[str, str]:
@@ -225,9 +226,10 @@ def _settings(job: Job, spec: Manifest) -> dict[str, str]:
     }
     if checkpoint is not None:
         settings |= {
-            Env.CHECKPOINT_ROOT: f"{STORAGE}/{job.namespace}/{job.name}",
+            Env.CHECKPOINT_ROOT: storage.root(job, checkpoint),
             Env.CHECKPOINT_INTERVAL: str(checkpoint.interval.steps or INTERVAL_AUTO),
             Env.CHECKPOINT_KEEP: str(checkpoint.retention.keep_last),
+            **storage.environment(checkpoint),
         }
     return settings
 

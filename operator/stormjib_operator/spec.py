@@ -194,11 +194,70 @@ class PersistentVolumeClaim(Model):
     """The claim's name."""
 
 
-class Storage(Model):
-    """Where checkpoints are kept."""
+class ObjectStore(Model):
+    """A bucket or container of an object store."""
 
-    persistent_volume_claim: PersistentVolumeClaim
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            rule(
+                "self.url.matches('^(s3|gs|az|fsspec[+]s3)://')",
+                "checkpoint.storage.objectStore.url must begin with s3://, gs://, az:// or fsspec+s3://: "
+                "a file system is a persistentVolumeClaim",
+            ),
+            rule(
+                "!self.url.matches('^[^/]*//[^/]*[@:]|[?#]')",
+                "checkpoint.storage.objectStore.url must hold a bucket and a prefix, no credentials, port or query: "
+                "put credentials and endpoint into the Secret that secretName names",
+            ),
+            rule(
+                "self.url.matches('^[^/]*://[^/]+(/[^/]+)*/?$') && !self.url.matches('/[.][.]?(/|$)')",
+                "checkpoint.storage.objectStore.url must have a bucket, and no empty name, . or .. in its path: "
+                "write it as s3://bucket/prefix",
+            ),
+        )
+    )
+    url: Annotated[str, Field(min_length=6, max_length=512)]
+    """The URL of the bucket and, if wanted, a prefix in it, such as s3://bucket/team. Each job has a folder of its own below it, named
+    by namespace and job."""
+    secret_name: Name | None = None
+    """A Secret of the job's namespace with credentials. Of its keys only these become environment variables of the container trainer:
+    AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, which must be there, AWS_SESSION_TOKEN, AWS_REGION, AWS_DEFAULT_REGION, AWS_ENDPOINT_URL
+    and AWS_ENDPOINT_URL_S3 for s3; GOOGLE_SERVICE_ACCOUNT_KEY for gs; AZURE_STORAGE_ACCOUNT_NAME, which must be there,
+    AZURE_STORAGE_ACCOUNT_KEY, AZURE_STORAGE_SAS_TOKEN, AZURE_STORAGE_ENDPOINT, AZURE_TENANT_ID, AZURE_CLIENT_ID and AZURE_CLIENT_SECRET for az.
+    Absent, the identity of the pod is used."""
+
+    @property
+    def scheme(self) -> str:
+        """What stands before the colon."""
+        return self.url.partition(":")[0]
+
+
+class Storage(Model):
+    """Where checkpoints are kept: on a claim or in an object store."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            rule(
+                "has(self.persistentVolumeClaim) != has(self.objectStore)",
+                "checkpoint.storage must hold exactly one of persistentVolumeClaim and objectStore: "
+                "name the one where checkpoints shall be kept",
+            )
+        )
+    )
+    persistent_volume_claim: PersistentVolumeClaim | None = None
     """The claim that holds the checkpoints, in a folder of its own for each namespace and job."""
+    object_store: ObjectStore | None = None
+    """The object store that holds the checkpoints, in a folder of its own for each namespace and job. The trainer's image needs its
+    client: pip install 'stormjib[trainer,s3]'."""
+
+
+class SigningKey(Model):
+    """A key in a Secret of the job's namespace."""
+
+    secret_name: Name
+    """The Secret's name."""
+    key: Annotated[str, Field(min_length=1, max_length=253)]
+    """Which of its keys holds at least 16 random bytes."""
 
 
 class Interval(Model):
@@ -225,6 +284,9 @@ class Checkpoint(Model):
     """How often a checkpoint is saved."""
     retention: Retention = Retention()
     """Which checkpoints are kept."""
+    signing_key: SigningKey | None = None
+    """The key that the records of the checkpoints are signed with, so that forged ones are refused. A job begins with it or without it, and
+    never changes it: records that are not signed with it are refused as well. Only the container trainer sees it."""
 
 
 class Spec(Model):
@@ -244,6 +306,12 @@ class Spec(Model):
                 "self.suspend || (has(self.checkpoint) == has(oldSelf.checkpoint) && "
                 "(!has(self.checkpoint) || self.checkpoint.storage == oldSelf.checkpoint.storage))",
                 "checkpoint.storage cannot change while the job runs: set suspend: true first",
+            ),
+            rule(
+                "self.suspend || !has(self.checkpoint) || !has(oldSelf.checkpoint) || "
+                "(has(self.checkpoint.signingKey) == has(oldSelf.checkpoint.signingKey) && "
+                "(!has(self.checkpoint.signingKey) || self.checkpoint.signingKey == oldSelf.checkpoint.signingKey))",
+                "checkpoint.signingKey cannot change while the job runs: set suspend: true first",
             ),
         )
     )

@@ -33,9 +33,15 @@ def sized(replicas: int, minimum: int, spares: int, processes: int = 1) -> Calla
     return change
 
 
-def start(stage: Stage, namespace: str, change: Callable[[dict[str, Any]], None], step: int = 12) -> Scene:
+def start(
+    stage: Stage,
+    namespace: str,
+    change: Callable[[dict[str, Any]], None],
+    step: int = 12,
+    sample: str = "tiny-llama.yaml",
+) -> Scene:
     """Apply the sample and wait until it has made some steps."""
-    job = stage.apply_sample("tiny-llama.yaml", namespace, change)
+    job = stage.apply_sample(sample, namespace, change)
     scene = faults.Scene(stage, Follower(stage.cluster.kubeconfig, namespace, job), namespace, job)
     scene.follower.wait_step(step, 120)
     return scene

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -33,6 +34,11 @@ def claim(steps: int) -> dict[str, Any]:
     return {"storage": {"persistentVolumeClaim": {"claimName": "c"}}, "interval": {"steps": steps}}
 
 
+def bucket(url: str, **more: Any) -> dict[str, Any]:
+    """Checkpoints in an object store."""
+    return {"storage": {"objectStore": {"url": url}, **more}}
+
+
 def containers(*names: str) -> dict[str, Any]:
     """A template with containers of these names."""
     return {"spec": {"containers": [{"name": name, "image": f"i{i}"} for i, name in enumerate(names)]}}
@@ -54,6 +60,22 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         job(checkpoint=claim(-5)),
         "interval.steps in body should be greater than or equal to 1",
     ),
+    "no storage": (job(checkpoint={"storage": {}}), "exactly one of persistentVolumeClaim and objectStore"),
+    "two storages": (
+        job(checkpoint=bucket("s3://b", persistentVolumeClaim={"claimName": "c"})),
+        "name the one where checkpoints shall be kept",
+    ),
+    "a folder as a store": (job(checkpoint=bucket("file:///data")), "must begin with s3://, gs://, az://"),
+    "an unknown store": (
+        job(checkpoint=bucket("https://b.s3.eu/x")),
+        "a file system is a persistentVolumeClaim",
+    ),
+    "credentials in a URL": (job(checkpoint=bucket("s3://k:s/3@b/x")), "no credentials, port or query"),
+    "an account in a URL": (job(checkpoint=bucket("s3://k@b/x")), "into the Secret that secretName names"),
+    "a query in a URL": (job(checkpoint=bucket("s3://b/x?sig=1")), "no credentials, port or query"),
+    "no bucket": (job(checkpoint=bucket("s3:///team")), "write it as s3://bucket/prefix"),
+    "an empty name": (job(checkpoint=bucket("s3://b//team")), "write it as s3://bucket/prefix"),
+    "a way out": (job(checkpoint=bucket("s3://b/team/..")), "write it as s3://bucket/prefix"),
     "name of 60 characters": (job("j" * 60), "choose a shorter name"),
     "name with a dot": (job("a.b"), "metadata.name must begin with a letter"),
     "command in the template": (
@@ -98,6 +120,10 @@ def test_a_bad_job_is_refused_and_told_why(kubectl: Kubectl, name: str) -> None:
             lambda spec: spec.update(checkpoint=claim(5)),
             "checkpoint.storage cannot change while the job runs",
         ),
+        (
+            lambda spec: spec.update(checkpoint=bucket("s3://b/x")),
+            "checkpoint.storage cannot change while the job runs",
+        ),
     ],
 )
 def test_what_runs_cannot_change_unless_it_is_suspended(
@@ -112,6 +138,21 @@ def test_what_runs_cannot_change_unless_it_is_suspended(
     kubectl.apply(changed)
     said = kubectl("apply", "-f", "-", stdin=json.dumps(held), check=False)
     assert f"{words}: set suspend: true first" in said
+
+
+@pytest.mark.parametrize("url", ["s3://b", "s3://b/", "gs://b/a.b/c..d", "az://box/x@y", "fsspec+s3://b/x"])
+def test_the_urls_that_the_library_takes_are_accepted(kubectl: Kubectl, url: str) -> None:
+    kubectl.apply(job(suspend=True, checkpoint=bucket(url)))
+
+
+@pytest.mark.parametrize("key", [{"secretName": "other", "key": "k"}, None])
+def test_a_signing_key_neither_changes_nor_goes_while_the_job_runs(
+    kubectl: Kubectl, key: dict[str, Any] | None
+) -> None:
+    kubectl.apply(job(checkpoint=claim(5) | {"signingKey": {"secretName": "k", "key": "k"}}))
+    changed = job(checkpoint=claim(5) | ({"signingKey": key} if key else {}))
+    said = kubectl("apply", "-f", "-", stdin=json.dumps(changed), check=False)
+    assert "checkpoint.signingKey cannot change while the job runs: set suspend: true first" in said
 
 
 @pytest.mark.parametrize(
@@ -162,3 +203,14 @@ def test_a_sample_is_accepted_as_it_is(kubectl: Kubectl, sample: str) -> None:
     assert "trainingjob.stormjib.io" in said
     assert "Warning" not in said
     assert "rror" not in said
+
+
+def test_the_example_of_the_page_about_stores_is_accepted_as_it_is(kubectl: Kubectl) -> None:
+    (text,) = re.findall(
+        r"^```yaml\n(.*?)^```$", (ROOT / "docs/stores.md").read_text(), re.MULTILINE | re.DOTALL
+    )
+    said = kubectl("apply", "--dry-run=server", "-f", "-", stdin=text, check=False).splitlines()
+    assert said == [
+        "secret/bucket created (server dry run)",
+        "trainingjob.stormjib.io/llama created (server dry run)",
+    ]

@@ -59,11 +59,11 @@ class Gateway:
 
 
 @contextlib.contextmanager
-def gateway(folder: Path) -> Iterator[Gateway]:
-    """A running one. Builds it where that has not been done."""
+def gateway(folder: Path, host: str = "127.0.0.1") -> Iterator[Gateway]:
+    """A running one at an address of this machine. Builds it where that has not been done."""
     for name in ("buckets", "sidecar"):
         (folder / name).mkdir()
-    address = f"127.0.0.1:{_free_port()}"
+    address = f"{host}:{_free_port(host)}"
     words = [Tools().find("versitygw"), "--quiet", "--port", address]
     words += ["posix", "--sidecar", folder / "sidecar", folder / "buckets"]
     env = {**os.environ, "ROOT_ACCESS_KEY": KEY, "ROOT_SECRET_KEY": SECRET}
@@ -226,7 +226,7 @@ def _wait_for(address: str, process: subprocess.Popen[bytes], log: Path) -> None
     raise RuntimeError(f"nothing listens on {address}:\n{log.read_text()}")
 
 
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
+def _free_port(host: str = "127.0.0.1") -> int:
+    with socket.create_server((host, 0)) as taken:
         port: int = taken.getsockname()[1]
         return port

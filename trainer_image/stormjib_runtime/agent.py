@@ -309,7 +309,7 @@ class Agent:
         except (CheckpointError, OSError) as error:
             self.event(f"StorageScanFailed: {error}")
         except TimeoutError:
-            self.event(f"StorageScanFailed: no answer in {SCAN_S:.0f} s")
+            self.event(f"StorageScanFailed: no answer from {self.settings.checkpoint_root} in {SCAN_S:.0f} s")
 
     async def _close(self) -> None:
         if self._interrupts == 1:

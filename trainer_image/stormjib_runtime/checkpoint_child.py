@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from stormjib_runtime.children import Children
-    from stormjib_runtime.output import Outputs
+    from stormjib_runtime.output import Outputs, Tap
 
 LIBRARY = "/opt/stormjib/checkpoint"
 """Where the init container puts the library; where it is missing, it is installed beside the runtime."""
@@ -106,9 +106,10 @@ class CheckpointChild:
         loop = asyncio.get_running_loop()
         (their_in, our_out), (our_in, their_out) = os.pipe2(os.O_CLOEXEC), os.pipe2(os.O_CLOEXEC)
         argv = [sys.executable, "-m", "stormjib_checkpoint.child", self._root]
-        tap = self._outputs.pipe("[checkpoint] ", LastLines(), error=True)
+        lines = LastLines()
+        tap = self._outputs.pipe("[checkpoint] ", lines, error=True)
         streams = Streams(their_in, their_out, tap.writer)
-        self.pid = self._children.start(argv, self._env, streams, self._exited)
+        self.pid = self._children.start(argv, self._env, streams, lambda code: self._exited(code, tap, lines))
         tap.started()
         os.close(their_in)
         os.close(their_out)
@@ -128,15 +129,16 @@ class CheckpointChild:
                     answer.set_result(reply)
         self.close()
 
-    def _exited(self, code: int) -> None:
+    def _exited(self, code: int, tap: Tap, lines: LastLines) -> None:
+        """Whoever asked hears its last words: a storage that refuses it is named there, with the fix."""
         self.pid = 0
         if self._writer is not None:
             self._writer.close()
+        tap.read()
+        said = f": {lines.text}" if lines.text else ""
         for answer in self._asked.values():
             if not answer.done():
-                answer.set_result(
-                    {"error": f"the checkpoint child exited with {code}; its lines are in the log"}
-                )
+                answer.set_result({"error": f"the checkpoint child exited with {code}{said}"})
 
 
 def with_library(env: Mapping[str, str]) -> dict[str, str]:

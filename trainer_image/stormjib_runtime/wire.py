@@ -467,7 +467,8 @@ class Env(StrEnum):
     RUN_DIR = "STORMJIB_RUN_DIR"  # emptyDir that outlives a container restart
     GRACE_S = "STORMJIB_GRACE_S"  # terminationGracePeriodSeconds
     PREFLIGHT = "STORMJIB_PREFLIGHT"  # On | Off: check the node before the slot first joins
-    CHECKPOINT_ROOT = "STORMJIB_CHECKPOINT_ROOT"  # <storage>/<namespace>/<job>; also for ranks
+    CHECKPOINT_ROOT = "STORMJIB_CHECKPOINT_ROOT"  # <folder or URL>/<namespace>/<job>; also for ranks
+    CHECKPOINT_KEY_FILE = "STORMJIB_CHECKPOINT_KEY_FILE"  # what records are signed with; also for ranks
     CHECKPOINT_INTERVAL = "STORMJIB_CHECKPOINT_INTERVAL"  # steps, or INTERVAL_AUTO; also for ranks
     CHECKPOINT_KEEP = "STORMJIB_CHECKPOINT_KEEP"  # also for ranks
     INTEGRITY_NORMS = "STORMJIB_INTEGRITY_NORMS"  # On | Off; for ranks

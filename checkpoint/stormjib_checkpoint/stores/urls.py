@@ -21,7 +21,13 @@ PROBE_S = 20.0
 """How long the first look at a store may take, whatever its client is waiting for."""
 NICE = 10
 """Of the client's threads, which it starts when it is first used: training goes first."""
-_OBSTORE = ("s3", "gs", "az")
+_ENOUGH = {
+    "s3": "Give AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, both or neither, and an endpoint that is a URL.",
+    "gs": "Give the whole JSON of a key in GOOGLE_SERVICE_ACCOUNT_KEY, or leave it out.",
+    "az": "Give AZURE_STORAGE_ACCOUNT_NAME, a whole key or token, and an endpoint that is a URL.",
+}
+"""What a store's client cannot be made without."""
+_OBSTORE = tuple(_ENOUGH)
 _S3FS = "fsspec+s3"
 
 
@@ -70,6 +76,7 @@ def _store(url: str, patience: Patience, options: Mapping[str, Any], key: bytes 
 
 def _by_obstore(scheme: str, bucket: str, patience: Patience, options: Mapping[str, Any]) -> Client:
     try:
+        from obstore.exceptions import BaseError
         from obstore.store import from_url
 
         from stormjib_checkpoint.stores.with_obstore import Obstore
@@ -81,7 +88,14 @@ def _by_obstore(scheme: str, bucket: str, patience: Patience, options: Mapping[s
     client = {"timeout": timedelta(seconds=patience.request_s), "allow_http": _plain_http(options)}
     again = {"retry_timeout": timedelta(seconds=patience.again_s)}
     made: Any = from_url  # its overloads want the options of one kind of store
-    return Obstore(made(url, config=config, client_options=client, retry_config=again), url)
+    try:
+        return Obstore(made(url, config=config, client_options=client, retry_config=again), url)
+    except BaseError:  # its own text shows what it could not read
+        raise StorageError(
+            url,
+            "what the environment says of the store is not enough, or cannot be read",
+            _ENOUGH[scheme],
+        ) from None
 
 
 def _by_s3fs(scheme: str, bucket: str, patience: Patience, options: Mapping[str, Any]) -> Client:

@@ -103,7 +103,7 @@ def test_nothing_in_the_status_is_required_or_has_a_default(kind: crd.Kind) -> N
 def test_every_rule_says_what_to_do() -> None:
     every = [each for kind in crd.KINDS for _, each in fields(crd.schema(kind))]
     rules = [rule for each in every for rule in each.get("x-kubernetes-validations", ())]
-    assert len(rules) == 12
+    assert len(rules) == 17
     for rule in rules:
         assert ": " in rule["message"], rule
 
@@ -154,10 +154,16 @@ def test_the_fields_are_these() -> None:
         "checkpoint.storage",
         "checkpoint.storage.persistentVolumeClaim",
         "checkpoint.storage.persistentVolumeClaim.claimName",
+        "checkpoint.storage.objectStore",
+        "checkpoint.storage.objectStore.url",
+        "checkpoint.storage.objectStore.secretName",
         "checkpoint.interval",
         "checkpoint.interval.steps",
         "checkpoint.retention",
         "checkpoint.retention.keepLast",
+        "checkpoint.signingKey",
+        "checkpoint.signingKey.secretName",
+        "checkpoint.signingKey.key",
     ]
 
 
