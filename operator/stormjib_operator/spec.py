@@ -225,6 +225,10 @@ class Checkpoint(Model):
     """How often a checkpoint is saved."""
     retention: Retention = Retention()
     """Which checkpoints are kept."""
+    peers: Annotated[int, Field(ge=0, le=1)] = 0
+    """How many other nodes hold a copy of each step that lies in a node's memory and is not on the storage yet. With 1 such a step
+    outlives its node; a node then needs as much memory again for its peer's ranks as for its own: two steps of each. Nothing is
+    copied under Torchrun. A change takes effect when the job has been suspended and goes on."""
 
 
 class Spec(Model):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -11,11 +14,11 @@ from fakes.coordinator import TOKEN, Process
 from fakes.runtime import JOB
 from stormjib_checkpoint import layout
 from stormjib_checkpoint.node_memory import staged
+from stormjib_checkpoint.peers.lock import giver_lives
 from stormjib_runtime.wire import Bounds, GenerationId
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
-    from pathlib import Path
 
 pytestmark = pytest.mark.timeout(240)
 START_S = 90.0
@@ -65,6 +68,10 @@ class Job:
         copies = self.agents[1 - giver if keeper is None else keeper].copies
         return sorted(one.record.step for one in staged(copies / str(giver)))
 
+    def is_given(self, giver: int) -> bool:
+        """Whether a slot's copies are being given to the other one."""
+        return giver_lives(self.agents[1 - giver].copies / str(giver))
+
     def close(self) -> None:
         for agent in self.agents:
             print(agent.errors()[-2500:])
@@ -100,9 +107,16 @@ async def staged_everywhere(folder: Path, coordinator: Process, jobs: list[Job],
 async def test_a_staged_step_outlives_its_node(
     tmp_path: Path, coordinator: Process, jobs: list[Job], lost: int
 ) -> None:
-    """Of the first member, whose successor opens the next generation, or of the second. The ranks compare every bit."""
+    """Of the first member, whose successor opens the next generation, or of the second. The ranks compare every bit.
+
+    Before that the process that gives and keeps copies has died on both, and has been started again.
+    """
     job = await staged_everywhere(tmp_path, coordinator, jobs, peers=1)
     await until(lambda: job.copied(0) == job.copied(1) == [1, 2])
+    for agent in job.agents[:2]:
+        os.kill(copying(agent), signal.SIGKILL)
+    await until(lambda: not (job.is_given(0) or job.is_given(1)))
+    await until(lambda: job.is_given(0) and job.is_given(1))
     job.agents[lost].lose_node()
     assert not job.agents[lost].memory.exists()
     await until(lambda: job.said("resumed from 2, staged 4", 1 - lost, 2), START_S)
@@ -134,6 +148,12 @@ async def test_a_damaged_copy_is_refused_and_the_older_step_taken(
     await until(lambda: job.said("resumed from 1, staged 3", 0, 2), START_S)
     state = await coordinator.state()
     assert any("StagedLost: rank 1 of step 2 is lost with its rank" in event for event in state.events)
+
+
+def copying(agent: AgentProcess) -> int:
+    """Its process that gives and keeps copies."""
+    words = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in agent.below()}
+    return next(pid for pid, line in words.items() if b"stormjib_checkpoint.peers" in line)
 
 
 def flip(path: Path, at: int) -> None:

@@ -88,7 +88,8 @@ class Copies:
         self._writer: asyncio.WriteTransport | None = None
         self._wanted: dict[str, Any] = {}
         self._task: asyncio.Task[None] | None = None
-        self._listens = asyncio.Event()
+        self._tried = asyncio.Event()
+        """It listens, or has ended: waiting for its address is over."""
 
     @property
     def address(self) -> str:
@@ -101,7 +102,7 @@ class Copies:
         self._task.add_done_callback(lambda done: done.cancelled() or done.result())  # a bug there is shown
         try:
             async with asyncio.timeout(LISTEN_S):
-                await self._listens.wait()
+                await self._tried.wait()
         except TimeoutError:
             self._event(f"CopiesFailed: not listening after {LISTEN_S:.0f} s")
 
@@ -151,11 +152,12 @@ class Copies:
             self._write(self._wanted)
         with contextlib.suppress(ValueError, KeyError):  # it has not come so far, and has said why
             self._port = int(json.loads(await reader.readline())["port"])
-            self._listens.set()
+            self._tried.set()
         return await ended
 
     def _gone(self, ended: asyncio.Future[int], code: int) -> None:
         self.pid = 0
+        self._tried.set()
         if self._writer is not None:
             self._writer.close()
         self._writer = None

@@ -158,6 +158,7 @@ def test_the_fields_are_these() -> None:
         "checkpoint.interval.steps",
         "checkpoint.retention",
         "checkpoint.retention.keepLast",
+        "checkpoint.peers",
     ]
 
 
