@@ -314,10 +314,31 @@ def test_a_record_that_asks_for_more_memory_than_there_is_gets_none(place: Place
 
 
 def test_who_does_not_know_the_token_is_told_nothing(place: Place) -> None:
-    connection = socket.create_connection(("127.0.0.1", place.keeper.port), SOON_S)
-    with connection, pytest.raises((PeerRefused, ConnectionResetError)):
-        frames.greet(connection, "of another job")
+    """Not even a proof that could be shown to somebody else."""
+    with stranger(place) as connection:
+        assert len(frames.read(connection, len(frames.NAME) + 32)) > 32
+        connection.sendall(b"r" * 32 + b"p" * 32)
+        assert ended(connection)
     assert not place.copies.exists()
+
+
+def test_who_says_nothing_does_not_stay(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frames, "GREET_S", 0.2)
+    with stranger(place) as connection:
+        frames.read(connection, len(frames.NAME) + 32)
+        assert ended(connection)
+
+
+def stranger(place: Place) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", place.keeper.port), SOON_S)
+
+
+def ended(connection: socket.socket) -> bool:
+    """The other side hangs up and has said nothing more."""
+    try:
+        return connection.recv(1) == b""
+    except ConnectionResetError:
+        return True
 
 
 def test_nothing_is_given_to_who_does_not_know_the_token(
@@ -342,10 +363,10 @@ def test_nothing_is_given_to_who_does_not_know_the_token(
     assert said == [f"no copies go to 127.0.0.1:{port}: who listens there does not know this job's token"]
 
 
-def test_strangers_keep_no_giver_out(place: Place) -> None:
-    strangers = [
-        socket.create_connection(("127.0.0.1", place.keeper.port), SOON_S) for _ in range(2 * CONNECTIONS)
-    ]
+def test_strangers_keep_no_giver_out(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many they are and however long they may stay."""
+    monkeypatch.setattr(frames, "GREET_S", 60.0)
+    strangers = [stranger(place) for _ in range(2 * CONNECTIONS)]
     stage(place.memory, 1)
     place.give()
     until(lambda: place.held() == [(1, 0)])
