@@ -128,7 +128,7 @@ def main() -> None:
         rows = []
         for step, what in enumerate(("first copy", "copy"), 1):
             stage(peers[0].memory, step, int(gigabytes * 1e9))
-            rows.append((what, *copied(*peers, step)))
+            rows.append((what, *copied(peers[0], peers[1], step)))
         peers[0].close()
         rows.append(("finish", *finished(peers[1].copies, root / "job")))
         for what, seconds, cpu_s in rows:
