@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 from pathlib import Path
@@ -72,6 +73,9 @@ class Job:
         """Whether a slot's copies are being given to the other one."""
         return giver_lives(self.agents[1 - giver].copies / str(giver))
 
+    async def metrics(self) -> str:
+        return (await self.coordinator.call("GET", "/metrics")).body.decode()
+
     def close(self) -> None:
         for agent in self.agents:
             print(agent.errors()[-2500:])
@@ -125,6 +129,9 @@ async def test_a_staged_step_outlives_its_node(
     text = f"Adopted: step 2 of ranks {lost}, from copies of a lost node's memory"
     assert any(text in event for event in state.events)
     await until(lambda: job.copied(1 - lost, 2) == job.copied(2, 1 - lost) == [3, 4])
+    async with asyncio.timeout(START_S):  # told with a heartbeat
+        while "stormjib_checkpoint_copied_step 4" not in await job.metrics():
+            await asyncio.sleep(0.1)
     assert not (job.agents[1 - lost].copies / str(lost)).exists(), "of no use any more"
 
 

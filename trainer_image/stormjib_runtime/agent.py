@@ -214,6 +214,7 @@ class Agent:
             measures=self.checks.address,
             copies="" if self._copies is None else self._copies.address,
             node="" if self._copies is None else self._node,
+            copied=-1 if self._copies is None else self._copies.copied,
             error=runner.error,
             events=tuple(self._events),
         )

@@ -6,7 +6,6 @@ The process is neither a rank nor this agent: it may wait for a network, hash gi
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 import hmac
 import json
@@ -82,6 +81,8 @@ class Copies:
         event: Callable[[str], None],
     ) -> None:
         self.pid = 0
+        self.copied = -1
+        """Newest step of this generation of which a part lies with its keeper; -1 before the first."""
         self._children, self._settings, self._outputs, self._event = children, settings, outputs, event
         self._env = with_library(env)
         self._port = 0
@@ -108,6 +109,7 @@ class Copies:
 
     def begin(self, generation: Generation) -> None:
         """Copies are given and kept as in this generation from now on."""
+        self.copied = -1
         mine, pairs = self._settings.slot, keepers(generation)
         keeper = pairs.get(mine)
         self._wanted = {
@@ -150,10 +152,16 @@ class Copies:
         self._write({"token": copying_token(settings.token), "port": self._port})
         if self._wanted:
             self._write(self._wanted)
-        with contextlib.suppress(ValueError, KeyError):  # it has not come so far, and has said why
-            self._port = int(json.loads(await reader.readline())["port"])
-            self._tried.set()
+        while line := await reader.readline():
+            self._said(json.loads(line))
         return await ended
+
+    def _said(self, answer: Mapping[str, Any]) -> None:
+        if "port" in answer:
+            self._port = answer["port"]
+            self._tried.set()
+        elif answer["generation"] == self._wanted.get("generation"):
+            self.copied = max(self.copied, answer["copied"])
 
     def _gone(self, ended: asyncio.Future[int], code: int) -> None:
         self.pid = 0

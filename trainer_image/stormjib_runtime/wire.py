@@ -315,6 +315,8 @@ class Report:
     copies: str = ""
     node: str = ""
     """As in `Member`, of the generation that is begun next."""
+    copied: int = -1
+    """Newest step of this generation of which a copy lies on another node; -1 where none does. For metrics only."""
     error: str = ""
     events: tuple[str, ...] = ()
     """Short facts for a human, such as `ZygoteUnfit: ...`; the operator turns new ones into Events."""

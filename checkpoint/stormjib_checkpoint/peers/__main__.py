@@ -2,7 +2,9 @@
 
     {"token":"...","port":0}                                      once; the answer is {"port":41234}, where it listens
     {"generation":"1.3","slot":0,"to":"10.0.0.2:41234","givers":[2],"processes":8}
-                                                                  from now on, instead of what was said before
+                                                                  from now on, instead of what was said before;
+                                                                  {"generation":"1.3","copied":120} for each part of a step
+                                                                  that is whole there
 
 `to` may be empty: nothing is given. Ends when its input ends. Without torch.
 """
@@ -13,6 +15,7 @@ import json
 import os
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -22,7 +25,7 @@ from stormjib_checkpoint.layout import GenerationId  # noqa: TC001 - records are
 from stormjib_checkpoint.peers.frames import Hello
 from stormjib_checkpoint.peers.giving import Giver
 from stormjib_checkpoint.peers.keeping import Expected, Keeper
-from stormjib_checkpoint.records import build, parse
+from stormjib_checkpoint.records import Json, build, parse
 
 NICE = 19
 """Whatever trains on this node comes first."""
@@ -52,8 +55,15 @@ def serve(memory: Path, copies: Path, lines: IO[bytes], answers: IO[bytes]) -> N
     listen: Listen = build(Listen, parse(lines.readline(), "first line"), "first line")
     key = from_environment()
     keeper = Keeper(copies, listen.token, key, _say, listen.port)
-    answers.write(json.dumps({"port": keeper.port}).encode() + b"\n")
-    answers.flush()
+
+    def answer(line: Json) -> None:
+        answers.write(json.dumps(line).encode() + b"\n")
+        answers.flush()
+
+    def told(generation: GenerationId, step: int) -> None:
+        answer({"generation": str(generation), "copied": step})
+
+    answer({"port": keeper.port})
     giver: Giver | None = None
     for line in lines:
         asked: Copying = build(Copying, parse(line, "line"), "line")
@@ -61,7 +71,11 @@ def serve(memory: Path, copies: Path, lines: IO[bytes], answers: IO[bytes]) -> N
             giver.stop()
         keeper.expect(Expected(asked.generation, asked.givers, asked.processes))
         hello = Hello(asked.generation, asked.slot)
-        giver = Giver(asked.to, listen.token, hello, memory, key, _say) if asked.to else None
+        giver = (
+            Giver(asked.to, listen.token, hello, memory, key, _say, partial(told, asked.generation))
+            if asked.to
+            else None
+        )
     if giver is not None:
         giver.stop()
     keeper.close()

@@ -22,7 +22,6 @@ from stormjib_checkpoint.records import canonical, plain
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from pathlib import Path
-    from typing import BinaryIO
 
     from stormjib_checkpoint.node_memory import Slot, Staged, Stamp
 
@@ -45,10 +44,11 @@ class Giver:
         memory: Path,
         key: bytes | None,
         say: Callable[[str], None],
+        told: Callable[[int], None],
     ) -> None:
-        """To the keeper at `address` (`host:port`). What keeps it from giving for long is said."""
+        """To the keeper at `address` (`host:port`). `told` gets the step of each part that is whole there. What keeps it from giving for long is said."""
         self._address, self._token, self._hello = address, token, hello
-        self._memory, self._key, self._say = memory, key, say
+        self._memory, self._key, self._say, self._told = memory, key, say, told
         self._failing_since, self._said = 0.0, ""
         self._stop = threading.Event()
         self._connection: socket.socket | None = None
@@ -116,21 +116,23 @@ class Giver:
         reply = frames.send(connection, Kind.RECORD, one.records.rank)
         if reply is Reply.FULL:
             self._say(f"{self._address} has no memory for step {one.record.step} of rank {one.record.rank}")
-        if reply is Reply.OK:
-            with open(one.slot.data, "rb") as file:
-                _pieces(connection, one, file)
+        if reply is Reply.HELD or (reply is Reply.OK and _pieces(connection, one)):
+            self._told(one.record.step)
 
 
-def _pieces(connection: socket.socket, one: Staged, file: BinaryIO) -> None:
+def _pieces(connection: socket.socket, one: Staged) -> bool:
+    """Whether all have arrived as they were staged."""
     data = one.record.data
-    for number in range(len(data.pieces)):
-        start = number * data.piece_bytes
-        size = min(data.piece_bytes, data.bytes - start)
-        connection.sendall(frames.head(Kind.PIECE, size))
-        if connection.sendfile(file, start, size) != size:
-            raise PeerRefused(f"{one.slot.data} is shorter than its record says")
-        if frames.reply_to(connection) is not Reply.OK:
-            return
+    with open(one.slot.data, "rb") as file:
+        for number in range(len(data.pieces)):
+            start = number * data.piece_bytes
+            size = min(data.piece_bytes, data.bytes - start)
+            connection.sendall(frames.head(Kind.PIECE, size))
+            if connection.sendfile(file, start, size) != size:
+                raise PeerRefused(f"{one.slot.data} is shorter than its record says")
+            if frames.reply_to(connection) is not Reply.OK:
+                return False
+    return True
 
 
 def _place(slot: Slot) -> Place:

@@ -44,6 +44,7 @@ class Place:
         self.memory, self.all_copies, self.key = folder / "memory", folder / "copies", key
         self.copies = self.all_copies / str(GIVER)
         self.said: list[str] = []
+        self.copied: list[int] = []
         self.keeper = Keeper(self.all_copies, TOKEN, key, self.said.append)
         self.keeper.expect(Expected(ONE, (GIVER,), 2))
         self.givers: list[Giver] = []
@@ -54,7 +55,9 @@ class Place:
 
     def give(self, token: str = TOKEN, generation: GenerationId = ONE, slot: int = GIVER) -> Giver:
         hello = Hello(generation, slot)
-        self.givers.append(Giver(self.address, token, hello, self.memory, self.key, self.said.append))
+        self.givers.append(
+            Giver(self.address, token, hello, self.memory, self.key, self.said.append, self.copied.append)
+        )
         return self.givers[-1]
 
     def held(self) -> list[tuple[int, int]]:
@@ -89,6 +92,7 @@ def test_what_is_staged_is_copied_byte_for_byte(place: Place) -> None:
     until(lambda: place.held() == [(5, 0), (5, 1)])
     for name in ("0/0/data", "0/0/record.json", "0/0/train.json", "1/0/data", "1/0/record.json"):
         assert (place.copies / name).read_bytes() == (place.memory / name).read_bytes()
+    until(lambda: place.copied == [5, 5])
 
 
 def test_a_newer_step_takes_the_place_that_it_has_taken_at_its_giver(place: Place) -> None:
@@ -234,6 +238,7 @@ def test_a_giver_whose_memory_is_damaged_goes_on_with_the_next_step(place: Place
     until(lambda: giver_lives(place.copies))
     stage(place.memory, 2, number=1)
     until(lambda: place.held() == [(2, 0)])
+    until(lambda: place.copied == [2])
 
 
 def test_where_there_is_no_memory_nothing_is_taken_and_it_is_said(
@@ -350,7 +355,9 @@ def test_nothing_is_given_to_who_does_not_know_the_token(
     said: list[str] = []
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        giver = Giver(f"127.0.0.1:{port}", TOKEN, Hello(ONE, 0), tmp_path / "memory", None, said.append)
+        giver = Giver(
+            f"127.0.0.1:{port}", TOKEN, Hello(ONE, 0), tmp_path / "memory", None, said.append, print
+        )
         connection, _ = other.accept()
         with connection:
             connection.settimeout(SOON_S)
