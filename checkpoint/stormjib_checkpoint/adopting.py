@@ -1,11 +1,13 @@
 """Finishing what ranks that have died had staged: from their node's memory to the storage, as they would have done.
 
-Who dies cannot: the agent's child does it, after the last rank of the generation has ended and before the next one is opened.
+Who dies cannot: the agent's child does it, after the last rank of the generation has ended and before the next one is opened. Where the
+whole node has died, the child of the agent that keeps copies of its steps does.
 """
 
 from __future__ import annotations
 
 import mmap
+import time
 from typing import TYPE_CHECKING, NamedTuple
 
 from stormjib_checkpoint import layout
@@ -19,10 +21,12 @@ from stormjib_checkpoint.errors import (
 from stormjib_checkpoint.history import committed_by, generations, read_generation
 from stormjib_checkpoint.left import create_same
 from stormjib_checkpoint.node_memory import staged
+from stormjib_checkpoint.peers.lock import giver_lives
 from stormjib_checkpoint.pieces import piece_digest
 from stormjib_checkpoint.verify import flaw
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
     from stormjib_checkpoint.format import DataFile, RankFile
@@ -31,6 +35,9 @@ if TYPE_CHECKING:
     from stormjib_checkpoint.storage import Storage
 
 _PAGE = 4096
+GIVER_S = 5.0
+"""How long a giver that lives is waited for: what it has staged it finishes itself."""
+_LOOK_S = 0.05
 
 
 class Adopted(NamedTuple):
@@ -45,9 +52,38 @@ def adopt(storage: Storage, memory: Path) -> Adopted:
 
     No rank of the node may be alive. Raises StorageError.
     """
+    return _finish(storage, staged(memory, storage.key))
+
+
+def adopt_copies(storage: Storage, copies: Path) -> Adopted:
+    """As `adopt`, of what is kept below `copies` for other nodes that do not do it themselves: dead, or GIVER_S late.
+
+    Writing what its giver writes at the same moment would be of no harm, but of no use either. Raises StorageError.
+    """
     parts: list[tuple[int, int]] = []
     notes: list[str] = []
-    for one in sorted(staged(memory, storage.key), key=lambda one: one.record.step):
+    until = time.monotonic() + GIVER_S
+    for giver in sorted(copies.glob("[0-9]*")):
+        done = _finish(storage, _left_over(storage, giver, until))
+        parts += done.parts
+        notes += done.notes
+    return Adopted(tuple(parts), tuple(notes))
+
+
+def _left_over(storage: Storage, giver: Path, until: float) -> list[Staged]:
+    """What is wanted of a giver's steps, once it is dead or nothing is, and at the latest `until`."""
+    while True:
+        lives = giver_lives(giver)
+        wanted = [one for one in staged(giver, storage.key) if _is_wanted(storage, one.record)]
+        if not (lives and wanted) or time.monotonic() >= until:
+            return wanted
+        time.sleep(_LOOK_S)
+
+
+def _finish(storage: Storage, found: Iterable[Staged]) -> Adopted:
+    parts: list[tuple[int, int]] = []
+    notes: list[str] = []
+    for one in sorted(found, key=lambda one: one.record.step):
         what = f"rank {one.record.rank} of step {one.record.step}"
         try:
             if not _is_wanted(storage, one.record):

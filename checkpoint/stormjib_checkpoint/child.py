@@ -6,10 +6,11 @@
     {"id":3,"do":"commit","generation":"1.4","world":4,"step":120,"keep_last":3}
                                                            -> {"id":3,"committed":{...},"deleted":[...]}
     {"id":4,"do":"adopt","memory":"/dev/shm/..."}          -> {"id":4,"adopted":[[step,rank],...],"notes":[...]}
+    {"id":5,"do":"adopt_copies","copies":"/dev/shm/..."}   -> the same
 
 Every request gets one answer, `{"id":...,"error":"...","kind":"Superseded"}` where it fails. A commit waits for the
 ranks without holding up anything else, so answers may change places. Ends when its input ends. Standard library only, but for a store's
-client, and for `adopt`: that compares hashes, with what the ranks have hashed with.
+client, and for `adopt`, `adopt_copies`: they compare hashes, with what the ranks have hashed with.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from stormjib_checkpoint.stores.urls import open_storage
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
+    from stormjib_checkpoint.adopting import Adopted
     from stormjib_checkpoint.format import ResumePoint
     from stormjib_checkpoint.storage import Storage
 
@@ -75,6 +77,13 @@ class Adopt:
     """Finish what ranks of this node, all dead, had staged in its memory."""
 
     memory: str
+
+
+@dataclass(frozen=True)
+class AdoptCopies:
+    """Finish what is kept in this node's memory for other nodes that are dead."""
+
+    copies: str
 
 
 class _Waiting(NamedTuple):
@@ -135,8 +144,12 @@ class Child:
                 return None
             case "adopt":
                 return self._adopt(build(Adopt, dict(request), "adopt"))
+            case "adopt_copies":
+                return self._adopt_copies(build(AdoptCopies, dict(request), "adopt_copies"))
             case other:
-                raise FormatError(f"request: do is {str(other)[:40]!r}; wanted scan, open, commit or adopt")
+                raise FormatError(
+                    f"request: do is {str(other)[:40]!r}; wanted scan, open, commit, adopt or adopt_copies"
+                )
 
     def _scan(self) -> Answer:
         record = highest(self._storage)
@@ -157,8 +170,12 @@ class Child:
             adopt,  # here: where ranks have staged, there is what they hash with
         )
 
-        adopted = adopt(self._storage, Path(request.memory))
-        return {"adopted": [list(part) for part in adopted.parts], "notes": list(adopted.notes)}
+        return _plain_adopted(adopt(self._storage, Path(request.memory)))
+
+    def _adopt_copies(self, request: AdoptCopies) -> Answer:
+        from stormjib_checkpoint.adopting import adopt_copies  # here: as above, and where copies are kept
+
+        return _plain_adopted(adopt_copies(self._storage, Path(request.copies)))
 
     def _commit(self, identity: Json, request: Commit) -> None:
         pending = Pending(self._storage, request.step, str(request.generation), request.world)
@@ -183,6 +200,10 @@ class Child:
         except (CheckpointError, OSError) as error:
             self._tell(f"old steps are not deleted: {error}")
             return {"deleted": [], "retention_error": str(error)}
+
+
+def _plain_adopted(adopted: Adopted) -> Answer:
+    return {"adopted": [list(part) for part in adopted.parts], "notes": list(adopted.notes)}
 
 
 def _plain_point(point: ResumePoint | None) -> Json:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from stormjib_checkpoint import layout
@@ -28,15 +29,21 @@ if TYPE_CHECKING:
     from stormjib_checkpoint.storage import Opened
 
 SLOTS = 2
+Stamp = tuple[int, int]
+"""Changes whenever a slot is told."""
 _DATA, _RECORD, _TRAIN = "data", "record.json", "train.json"
 
 
+@dataclass(frozen=True)
 class Slot:
     """Room for one step of one rank."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.data = folder / _DATA
+    folder: Path
+
+    @property
+    def data(self) -> Path:
+        """The file that the step lies in."""
+        return self.folder / _DATA
 
     def clear(self) -> None:
         """What is in it is no step any longer: to be called before its data changes."""
@@ -68,11 +75,37 @@ def slots_of(memory: Path, local_rank: int) -> list[Slot]:
     return slots
 
 
+def holds(slot: Slot, record: bytes) -> bool:
+    """Whether a slot says that it holds the very step of this record."""
+    try:
+        return (slot.folder / _RECORD).read_bytes() == record
+    except FileNotFoundError:
+        return False
+
+
+def stamps(memory: Path) -> dict[Slot, Stamp]:
+    """When each slot of a node was last told what it holds: cheap, to see what is new."""
+    found = {}
+    for record in memory.glob(f"[0-9]*/[0-9]*/{_RECORD}"):
+        with contextlib.suppress(FileNotFoundError):
+            stat = record.stat()
+            found[Slot(record.parent)] = (stat.st_ino, stat.st_mtime_ns)
+    return found
+
+
+def in_slot(slot: Slot, key: bytes | None = None) -> Staged | None:
+    """What one slot says it holds; None where it says nothing, or nothing we understand."""
+    with contextlib.suppress(FormatError, OSError):
+        return _staged(slot, key)
+    return None
+
+
 def staged(memory: Path, key: bytes | None = None) -> Iterator[Staged]:
     """What the slots of a node say they hold. One that says nothing we understand, or that is not signed with our key, holds nothing."""
     for record in sorted(memory.glob(f"*/*/{_RECORD}")):
-        with contextlib.suppress(FormatError, OSError):
-            yield _staged(Slot(record.parent), key)
+        one = in_slot(Slot(record.parent), key)
+        if one is not None:
+            yield one
 
 
 def _staged(slot: Slot, key: bytes | None) -> Staged:

@@ -162,7 +162,9 @@ def _volumes(spec: Manifest, trainer: Manifest, wanted: Spec) -> None:
     volumes, mounts = spec.setdefault("volumes", []), trainer.setdefault("volumeMounts", [])
     # What lies there counts as the container's memory anyway, and ranks stage their checkpoints in it.
     limit = trainer.get("resources", {}).get("limits", {}).get("memory")
-    shared_memory = {"medium": "Memory", "sizeLimit": limit or f"{wanted.launcher.processes_per_node}Gi"}
+    nodes = 1 + (wanted.checkpoint.peers if wanted.checkpoint else 0)  # whose steps lie there
+    room = limit or f"{nodes * wanted.launcher.processes_per_node}Gi"
+    shared_memory = {"medium": "Memory", "sizeLimit": room}
     places: list[tuple[str, str, Manifest]] = [
         ("stormjib-runtime", RUNTIME_DIR, {"emptyDir": {}}),
         ("stormjib-run", RUN_DIR, {"emptyDir": {}}),
@@ -230,6 +232,7 @@ def _settings(job: Job, spec: Manifest) -> dict[str, str]:
             Env.CHECKPOINT_INTERVAL: str(checkpoint.interval.steps or INTERVAL_AUTO),
             Env.CHECKPOINT_KEEP: str(checkpoint.retention.keep_last),
             **storage.environment(checkpoint),
+            Env.CHECKPOINT_PEERS: str(checkpoint.peers),
         }
     return settings
 

@@ -287,6 +287,10 @@ class Checkpoint(Model):
     signing_key: SigningKey | None = None
     """The key that the records of the checkpoints are signed with, so that forged ones are refused. A job begins with it or without it, and
     never changes it: records that are not signed with it are refused as well. Only the container trainer sees it."""
+    peers: Annotated[int, Field(ge=0, le=1)] = 0
+    """How many other nodes hold a copy of each step that lies in a node's memory and is not on the storage yet. With 1 such a step
+    outlives its node; a node then needs as much memory again for its peer's ranks as for its own: two steps of each. Nothing is
+    copied under Torchrun. A change takes effect when the job has been suspended and goes on."""
 
 
 class Spec(Model):

@@ -87,7 +87,7 @@ class AgentProcess:
     def close(self) -> None:
         if self.process.poll() is None:
             self.kill_container()
-        for left in (self.pages, self.memory):  # a killed agent leaves them to its next life
+        for left in (self.pages, self.memory, self.copies):  # a killed agent leaves them to its next life
             remove_tree(left)
 
     @property
@@ -99,6 +99,17 @@ class AgentProcess:
     def memory(self) -> Path:
         """Where its ranks stage what they save."""
         return Path(f"{self.pages}-steps")
+
+    @property
+    def copies(self) -> Path:
+        """Where it keeps copies of what others have staged."""
+        return Path(f"{self.pages}-copies")
+
+    def lose_node(self) -> None:
+        """The whole node is gone, and what its ranks had in its memory."""
+        self.kill_container()
+        for gone in (self.pages, self.memory, self.copies):
+            remove_tree(gone)
 
     def output(self) -> str:
         return self.out.read_text()

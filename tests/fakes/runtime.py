@@ -85,6 +85,8 @@ class FakeAgent:
     leaving: bool = False
     preflight: str = ""
     measures: str = ""
+    copies: str = ""
+    node: str = ""
     listens: bool = True
     slow_stop: bool = False
     """Goes on under STOP until the test calls `stop`."""
@@ -124,6 +126,8 @@ class FakeAgent:
             leaving=self.leaving,
             preflight=self.preflight,
             measures=self.measures,
+            copies=self.copies,
+            node=self.node,
             error=self.error,
             events=self.events,
         )

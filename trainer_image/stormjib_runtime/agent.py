@@ -17,6 +17,7 @@ from stormjib_runtime.agent_core import Act, Me, Stage, accepts, decide, phase
 from stormjib_runtime.checkpoint_child import CheckpointChild
 from stormjib_runtime.checks import Checks
 from stormjib_runtime.children import Children
+from stormjib_runtime.copies import Copies, this_node
 from stormjib_runtime.environment import base_environment, visible_gpus
 from stormjib_runtime.errors import CheckpointError, CommandError
 from stormjib_runtime.fitness import Fitness
@@ -70,6 +71,7 @@ class Agent:
         self._leaving = False
         self._exit: int | None = None
         self._interrupts = 0
+        self._node = this_node()
         self._said = ""
         env = base_environment(environ)
         self.outputs = Outputs(self._loop)
@@ -77,6 +79,8 @@ class Agent:
         self._child = self._checkpoint_child(env)
         if self._child is not None:
             env[Env.MEMORY_DIR] = str(settings.memory)
+        wanted = settings.peers and self._child is not None
+        self._copies = Copies(self.children, settings, env, self.outputs, self.event) if wanted else None
         self._launching = Launching(self.children, self.outputs, env, self._changed, self.event)
         self.checks = Checks(
             self._launching.launch,
@@ -100,6 +104,7 @@ class Agent:
             self._me,
             self._launching,
             self._child,
+            self._copies,
             sampling,
             self.outputs,
             self._changed,
@@ -207,6 +212,9 @@ class Agent:
             leaving=self._leaving,
             preflight=self._fitness.why,
             measures=self.checks.address,
+            copies="" if self._copies is None else self._copies.address,
+            node="" if self._copies is None else self._node,
+            copied=-1 if self._copies is None else self._copies.copied,
             error=runner.error,
             events=tuple(self._events),
         )
@@ -272,7 +280,8 @@ class Agent:
         self._launching.orphaned(pid, status)
 
     def _kept(self) -> set[int]:
-        return {*self.keep, 0 if self._child is None else self._child.pid}
+        ours = (self._child, self._copies)
+        return {*self.keep, *(one.pid for one in ours if one is not None)}
 
     def _checkpoint_child(self, env: Mapping[str, str]) -> CheckpointChild | None:
         """Under torchrun the script commits by itself, as it would without us: torchrun restarts it behind our back."""
@@ -289,7 +298,9 @@ class Agent:
             self._launching.warm()
 
     async def _listen(self) -> None:
-        """Let other agents measure the path to this one."""
+        """Let other agents measure the path to this one, and give it copies."""
+        if self._copies is not None:
+            await self._copies.start()
         try:
             await self.checks.start()
         except OSError as error:
@@ -319,9 +330,11 @@ class Agent:
         self._link.close()
         await self.checks.close()
         self._launching.close()
-        if self._child is not None:
-            self._child.close()
+        for one in (self._child, self._copies):
+            if one is not None:
+                one.close()
         await end_descendants(os.getpid(), lambda: self.keep)
+        remove_tree(self.settings.copies)
         self.outputs.drain()
 
 

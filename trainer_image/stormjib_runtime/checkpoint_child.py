@@ -11,7 +11,7 @@ import itertools
 import json
 import os
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from stormjib_runtime.children import Streams
 from stormjib_runtime.errors import CheckpointError
@@ -20,14 +20,42 @@ from stormjib_runtime.processes import kill
 from stormjib_runtime.wire import GenerationId, ResumePoint, StorageFinding
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
-    from stormjib_runtime.children import Children
+    from stormjib_runtime.children import Children, Exited
     from stormjib_runtime.output import Outputs, Tap
 
 LIBRARY = "/opt/stormjib/checkpoint"
 """Where the init container puts the library; where it is missing, it is installed beside the runtime."""
 LIMIT = 1 << 20
+
+
+class Started(NamedTuple):
+    """A process that reads lines and answers in lines, and our ends of its pipes."""
+
+    pid: int
+    answers: int
+    requests: int
+
+    async def connect(self) -> tuple[asyncio.StreamReader, asyncio.WriteTransport]:
+        """Its answers, and where requests are written."""
+        loop, reader = asyncio.get_running_loop(), asyncio.StreamReader(limit=LIMIT)
+        pipes = os.fdopen(self.answers, "rb", 0), os.fdopen(self.requests, "wb", 0)
+        await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), pipes[0])
+        writer, _ = await loop.connect_write_pipe(asyncio.BaseProtocol, pipes[1])
+        return reader, writer
+
+
+def start_with_lines(
+    children: Children, argv: Sequence[str], env: Mapping[str, str], tap: Tap, exited: Exited
+) -> Started:
+    """Start it; what it says on stderr goes to `tap`."""
+    (their_in, our_out), (our_in, their_out) = os.pipe2(os.O_CLOEXEC), os.pipe2(os.O_CLOEXEC)
+    pid = children.start(argv, env, Streams(their_in, their_out, tap.writer), exited)
+    tap.started()
+    os.close(their_in)
+    os.close(their_out)
+    return Started(pid, our_in, our_out)
 
 
 class CheckpointChild:
@@ -74,11 +102,11 @@ class CheckpointChild:
 
     async def adopt(self, memory: str) -> tuple[dict[int, list[int]], list[str]]:
         """Finish what dead ranks had staged in this folder: step -> ranks that are on the storage now, and what was lost, and why."""
-        answer = await self._ask(do="adopt", memory=memory)
-        steps: dict[int, list[int]] = {}
-        for step, rank in answer.get("adopted", []):
-            steps.setdefault(int(step), []).append(int(rank))
-        return steps, [str(note) for note in answer.get("notes", [])]
+        return _adopted(await self._ask(do="adopt", memory=memory))
+
+    async def adopt_copies(self, copies: str) -> tuple[dict[int, list[int]], list[str]]:
+        """As `adopt`, of what this node keeps in this folder for other nodes that are dead."""
+        return _adopted(await self._ask(do="adopt_copies", copies=copies))
 
     def close(self) -> None:
         """End the child. A commit that is cut off is finished by the next generation."""
@@ -103,20 +131,15 @@ class CheckpointChild:
     async def _start(self) -> None:
         if self.pid:
             return
-        loop = asyncio.get_running_loop()
-        (their_in, our_out), (our_in, their_out) = os.pipe2(os.O_CLOEXEC), os.pipe2(os.O_CLOEXEC)
         argv = [sys.executable, "-m", "stormjib_checkpoint.child", self._root]
         lines = LastLines()
         tap = self._outputs.pipe("[checkpoint] ", lines, error=True)
-        streams = Streams(their_in, their_out, tap.writer)
-        self.pid = self._children.start(argv, self._env, streams, lambda code: self._exited(code, tap, lines))
-        tap.started()
-        os.close(their_in)
-        os.close(their_out)
-        reader = asyncio.StreamReader(limit=LIMIT)
-        await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(our_in, "rb", 0))
-        self._writer, _ = await loop.connect_write_pipe(asyncio.BaseProtocol, os.fdopen(our_out, "wb", 0))
-        self._reading = loop.create_task(self._read(reader))
+        started = start_with_lines(
+            self._children, argv, self._env, tap, lambda code: self._exited(code, tap, lines)
+        )
+        self.pid = started.pid
+        reader, self._writer = await started.connect()
+        self._reading = asyncio.get_running_loop().create_task(self._read(reader))
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
         with contextlib.suppress(
@@ -147,6 +170,13 @@ def with_library(env: Mapping[str, str]) -> dict[str, str]:
         return dict(env)
     rest = env.get("PYTHONPATH", "")
     return {**env, "PYTHONPATH": f"{LIBRARY}{os.pathsep}{rest}" if rest else LIBRARY}
+
+
+def _adopted(answer: Mapping[str, Any]) -> tuple[dict[int, list[int]], list[str]]:
+    steps: dict[int, list[int]] = {}
+    for step, rank in answer.get("adopted", []):
+        steps.setdefault(int(step), []).append(int(rank))
+    return steps, [str(note) for note in answer.get("notes", [])]
 
 
 def _generation(text: Any) -> GenerationId:

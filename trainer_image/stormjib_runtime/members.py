@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 START_WAIT_S = 30.0
 """How long a start waits for the full number once the smallest one is there, and for a zygote that still imports."""
+ADDRESS_CHARS = 64
+"""Longer than any address and port."""
 LOWER_WAIT_S = 10.0
 """How long a start waits for a low slot where a higher one, meant as a spare, is ready first."""
 
@@ -100,4 +102,6 @@ def _patience(agent: Agent | None, bounds: Bounds, idle: Idle) -> float:
 def member(agent: Agent) -> Member:
     """The agent as a generation names it."""
     report = agent.report
-    return Member(report.slot, report.agent, report.pod_uid, report.address, report.processes)
+    known = len(report.copies) <= ADDRESS_CHARS and len(report.node) <= ADDRESS_CHARS
+    where = (report.copies, report.node) if known else ("", "")
+    return Member(report.slot, report.agent, report.pod_uid, report.address, report.processes, *where)

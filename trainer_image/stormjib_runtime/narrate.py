@@ -141,6 +141,10 @@ def checkpoint_metrics(saves: Saves, now: float) -> str:
     if step is not None and age is not None:
         lines += _family("step", "gauge", "Newest committed step.", {"": step}, "checkpoint")
         lines += _family("age_seconds", "gauge", "Since it was committed.", {"": age}, "checkpoint")
+    copied = saves.copied()
+    if copied is not None:
+        text = "Newest step that has copies in other nodes' memory."
+        lines += _family("copied_step", "gauge", text, {"": copied}, "checkpoint")
     if sums is not None:
         lines += _saving(sums)
     return "".join(f"{line}\n" for line in lines)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from stormjib_runtime import budget
 from stormjib_runtime.engine import exhausted
+from stormjib_runtime.members import ADDRESS_CHARS
 from stormjib_runtime.state import (
     Adopting,
     Agent,
@@ -37,8 +38,6 @@ if TYPE_CHECKING:
 HISTORY_SENT = 64
 """Entries of history in one answer: the operator asks again above the last one."""
 PEERS = 2
-ADDRESS_CHARS = 64
-"""Longer than any address and port."""
 
 
 def state_version(state: State) -> int:

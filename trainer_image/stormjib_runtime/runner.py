@@ -24,9 +24,10 @@ from stormjib_runtime.settings import Launcher, Settings
 from stormjib_runtime.store_client import start_store
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Coroutine
+    from collections.abc import Awaitable, Callable, Collection, Coroutine
 
     from stormjib_runtime.checkpoint_child import CheckpointChild
+    from stormjib_runtime.copies import Copies
     from stormjib_runtime.launching import Launching
     from stormjib_runtime.output import Outputs
     from stormjib_runtime.sampling import Sampling
@@ -48,6 +49,7 @@ class Runner:
         me: Me,
         launching: Launching,
         child: CheckpointChild | None,
+        copies: Copies | None,
         sampling: Sampling,
         outputs: Outputs,
         changed: Callable[[], None],
@@ -63,6 +65,7 @@ class Runner:
         self._me = me
         self._launching = launching
         self._child = child
+        self._copies = copies
         self._sampling = sampling
         self._outputs = outputs
         self._changed = changed
@@ -116,6 +119,8 @@ class Runner:
         """Start the ranks, in the background."""
         if order.generation is not None:
             self.store, self.resume = order.store, order.resume
+            if self._copies is not None:
+                self._copies.begin(order.generation)
             self._begin(order.generation, Stage.STARTING, self._start(order.generation, order.restarts_left))
 
     def stop(self, order: Order) -> None:
@@ -178,19 +183,24 @@ class Runner:
         self._enter(None, Stage.NONE)
 
     async def adopt(self) -> None:
-        """Finish what ranks that are dead had staged: before anybody opens the next generation."""
-        if self._child is None or not self._settings.memory.exists():
-            return
+        """Finish what ranks that are dead had staged, here and on nodes that are lost: before anybody opens the next generation."""
+        child, settings = self._child, self._settings
+        if child is not None and settings.memory.exists():
+            await self._adopted(child.adopt(str(settings.memory)), "memory")
+        if child is not None and settings.copies.exists():
+            await self._adopted(child.adopt_copies(str(settings.copies)), "copies of a lost node's memory")
+
+    async def _adopted(self, asked: Awaitable[tuple[dict[int, list[int]], list[str]]], where: str) -> None:
         try:
             async with asyncio.timeout(ADOPT_S):
-                adopted, notes = await self._child.adopt(str(self._settings.memory))
+                adopted, notes = await asked
         except (CheckpointError, OSError) as error:
             self._event(f"AdoptFailed: {error}")
         except TimeoutError:
             self._event(f"AdoptFailed: what the ranks had staged is not on the storage after {ADOPT_S:.0f} s")
         else:
             for step, ranks in adopted.items():
-                self._event(f"Adopted: step {step} of ranks {', '.join(map(str, ranks))}, from memory")
+                self._event(f"Adopted: step {step} of ranks {', '.join(map(str, ranks))}, from {where}")
             for note in notes:
                 self._event(f"StagedLost: {note}")
 

@@ -46,12 +46,15 @@ class Saves:
         self._slots: dict[int, _Slot] = {}
         self._newest: ResumePoint | None = None
         self._committed_at = 0.0
+        self._copied: dict[int, tuple[GenerationId, int]] = {}
 
     def heard(self, report: Report, now: float) -> None:
         """A report that was taken."""
         point = report.committed
         if point is not None and (self._newest is None or _order(point) > _order(self._newest)):
             self._newest, self._committed_at = point, now
+        if report.copied >= 0 and report.generation is not None:
+            self._copied[report.slot] = report.generation.id, report.copied
         if report.saving is not None and report.generation is not None:
             self._told(report.slot, report.generation.id, report.saving)
 
@@ -62,6 +65,11 @@ class Saves:
     def age_s(self, now: float) -> float | None:
         """Since it was told; None before the first."""
         return None if self._newest is None else now - self._committed_at
+
+    def copied(self) -> int | None:
+        """The newest step of which all slots that copy have copies; None where nothing is copied."""
+        newest = max((generation for generation, _ in self._copied.values()), default=None)
+        return min((step for generation, step in self._copied.values() if generation == newest), default=None)
 
     def sums(self) -> Saving | None:
         """Over all generations; what is no count is of the newest one. None where nobody saves."""

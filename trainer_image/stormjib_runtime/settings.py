@@ -48,6 +48,8 @@ class Settings:
     preflight: bool
     checkpoint_root: str
     keep_last: int
+    peers: bool
+    """Whether what is staged here is copied to another node, and what is staged there to this one."""
 
     @property
     def pages(self) -> Path:
@@ -58,6 +60,11 @@ class Settings:
     def memory(self) -> Path:
         """Folder where this slot's ranks stage what they save. In a pod it outlives the container."""
         return self._shared_memory("-steps")
+
+    @property
+    def copies(self) -> Path:
+        """Folder of the copies of what other slots' ranks have staged. It outlives the container too."""
+        return self._shared_memory("-copies")
 
     def _shared_memory(self, what: str) -> Path:
         return Path("/dev/shm") / f"stormjib-{self.job_uid.replace('/', '_')[:8]}-{self.slot}{what}"
@@ -82,6 +89,7 @@ class Settings:
             preflight=_switch(environ, Env.PREFLIGHT),
             checkpoint_root=environ.get(Env.CHECKPOINT_ROOT, ""),
             keep_last=_number({Env.CHECKPOINT_KEEP: "3", **environ}, Env.CHECKPOINT_KEEP, least=1),
+            peers=_number({Env.CHECKPOINT_PEERS: "0", **environ}, Env.CHECKPOINT_PEERS, least=0) > 0,
         )
 
 

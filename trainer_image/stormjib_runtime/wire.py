@@ -111,6 +111,10 @@ class Member:
     pod_uid: str
     address: str
     processes: int
+    copies: str = ""
+    """`host:port` where it takes copies of what others have staged; empty where it takes none."""
+    node: str = ""
+    """Equal on one node; empty where nothing is copied."""
 
 
 @dataclass(frozen=True)
@@ -308,6 +312,11 @@ class Report:
     """What the preflight found wrong with the node: such an agent stays STARTING, and is not to be used."""
     measures: str = ""
     """`host:port` of this agent's measuring server; empty where it has none."""
+    copies: str = ""
+    node: str = ""
+    """As in `Member`, of the generation that is begun next."""
+    copied: int = -1
+    """Newest step of this generation of which a copy lies on another node; -1 where none does. For metrics only."""
     error: str = ""
     events: tuple[str, ...] = ()
     """Short facts for a human, such as `ZygoteUnfit: ...`; the operator turns new ones into Events."""
@@ -471,6 +480,9 @@ class Env(StrEnum):
     CHECKPOINT_KEY_FILE = "STORMJIB_CHECKPOINT_KEY_FILE"  # what records are signed with; also for ranks
     CHECKPOINT_INTERVAL = "STORMJIB_CHECKPOINT_INTERVAL"  # steps, or INTERVAL_AUTO; also for ranks
     CHECKPOINT_KEEP = "STORMJIB_CHECKPOINT_KEEP"  # also for ranks
+    CHECKPOINT_PEERS = (
+        "STORMJIB_CHECKPOINT_PEERS"  # 0 | 1: nodes that hold copies of what is staged on this one
+    )
     INTEGRITY_NORMS = "STORMJIB_INTEGRITY_NORMS"  # On | Off; for ranks
     INTEGRITY_DIGESTS = "STORMJIB_INTEGRITY_DIGESTS"  # On | Off; for ranks
     INTEGRITY_ON_SPIKE = "STORMJIB_INTEGRITY_ON_SPIKE"  # stormjib_health.verdict.OnSpike; for ranks

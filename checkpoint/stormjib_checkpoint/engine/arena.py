@@ -9,20 +9,16 @@ from __future__ import annotations
 import ctypes
 import logging
 import mmap
-import os
 import threading
 import weakref
 from typing import TYPE_CHECKING
 
+from stormjib_checkpoint import room
 from stormjib_checkpoint.engine import memory, pinning
-from stormjib_checkpoint.errors import ArenaTooLarge
 from stormjib_checkpoint.format import PIECE_BYTES
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-ALIGNMENT = 4096
-"""Of address and length of what goes to the disk past the page cache."""
 
 
 _log = logging.getLogger(__name__)
@@ -33,14 +29,9 @@ class Arena:
 
     def __init__(self, size: int, file: Path | None = None) -> None:
         """Raises ArenaTooLarge before anything is taken."""
-        self.size = aligned(size)
-        room = memory.room()
-        if self.size - (allocated(file) if file else 0) > room:
-            raise ArenaTooLarge(
-                f"staging this rank's {size} bytes needs as much host memory again, and {room} are free within the limits; "
-                "raise the memory limit, or train on more ranks"
-            )
-        self._map = mmap.mmap(-1, self.size) if file is None else _mapped(file, self.size)
+        self.size = room.aligned(size)
+        room.check(self.size, room.allocated(file) if file else 0)
+        self._map = mmap.mmap(-1, self.size) if file is None else room.mapped(file, self.size)
         self._map.madvise(mmap.MADV_HUGEPAGE)
         self.view = memoryview(self._map)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
@@ -82,35 +73,5 @@ class Arena:
     def bytes_of(self, piece: int, size: int) -> memoryview:
         """A piece of a file of `size` bytes, filled up to the alignment of the disk."""
         start = piece * self.piece_bytes
-        end = min(start + self.piece_bytes, -(-size // ALIGNMENT) * ALIGNMENT)
+        end = min(start + self.piece_bytes, room.aligned(size))
         return self.view[start:end]
-
-
-def aligned(size: int) -> int:
-    """Bytes that an arena for a file of `size` bytes has."""
-    return max(-(-size // ALIGNMENT) * ALIGNMENT, ALIGNMENT)
-
-
-def allocated(file: Path) -> int:
-    """Bytes of memory that a file has already."""
-    try:
-        return file.stat().st_blocks * 512
-    except FileNotFoundError:
-        return 0
-
-
-def _mapped(file: Path, size: int) -> mmap.mmap:
-    """A file of exactly this size whose memory is taken now: later there would be SIGBUS where the volume is full."""
-    descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        os.ftruncate(descriptor, size)
-        os.posix_fallocate(descriptor, 0, size)
-        return mmap.mmap(descriptor, size)
-    except OSError as error:
-        os.unlink(file)
-        raise ArenaTooLarge(
-            f"staging this rank's {size} bytes in {file}: {os.strerror(error.errno or 0)}; enlarge the memory-backed volume "
-            "there (a pod's /dev/shm has the container's memory limit, or 1 GiB a rank where it has none)"
-        ) from error
-    finally:
-        os.close(descriptor)

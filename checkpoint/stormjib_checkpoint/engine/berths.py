@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, NamedTuple
 
-from stormjib_checkpoint.engine.arena import Arena, aligned
+from stormjib_checkpoint.engine.arena import Arena
 from stormjib_checkpoint.errors import ArenaTooLarge
 from stormjib_checkpoint.node_memory import slots_of
+from stormjib_checkpoint.room import aligned
 
 if TYPE_CHECKING:
     from pathlib import Path

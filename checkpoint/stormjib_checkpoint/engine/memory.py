@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-from pathlib import Path
 
 PAGE = mmap.PAGESIZE
 _POPULATE_WRITE = 23
@@ -28,30 +27,3 @@ def differ(one: int, other: int, size: int) -> bool:
 def touch(address: int, size: int) -> bool:
     """Have the kernel give all pages of a mapping now; False where it cannot be asked to."""
     return bool(_libc.madvise(address, size, _POPULATE_WRITE) == 0)
-
-
-def room() -> int:
-    """Bytes that this process can take before the machine or its cgroup (v1 or v2) ends something."""
-    return min(_available(), _cgroup_room())
-
-
-def _available() -> int:
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return 1 << 62
-
-
-def _cgroup_room() -> int:
-    """As far as the limits can be seen from inside; in a pod its own cgroup is the root of what it sees."""
-    pairs = (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    )
-    for limit, usage in pairs:
-        try:
-            most, used = Path(limit).read_text().strip(), Path(usage).read_text().strip()
-        except OSError:
-            continue
-        return 1 << 62 if most == "max" else max(0, int(most) - int(used))
-    return 1 << 62

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from stormjib_checkpoint.engine import Engine
 from stormjib_checkpoint.files import Posix
@@ -29,6 +30,14 @@ class Gone(Posix):
         super().link(source, target)
 
 
+def tables(step: int) -> dict[str, torch.Tensor]:
+    """The state after a step; zeros before the first. Of two tables each of two ranks holds one."""
+    dice = torch.Generator().manual_seed(step)
+    return {name: torch.rand(2_500_000, generator=dice) * (step > 0) for name in ("one", "other")}
+
+
+if os.environ["WORLD_SIZE"] != "1":
+    dist.init_process_group("gloo")
 memory, disk = os.environ[Env.MEMORY_DIR], Gone()
 resume = os.environ[Env.RESUME]
 point = codec.decode(ResumePoint, resume) if resume else None
@@ -38,13 +47,13 @@ engine = Engine(
     resume=None if point is None else (point.step, str(point.generation), point.digest),  # type: ignore[arg-type]
     memory=memory,
 )
-state = {"table": torch.zeros(5_000_000)}
+state = tables(0)
 engine.load(state)
 base = 0 if point is None else point.step
-assert bool((state["table"] == base).all())
+assert all(torch.equal(state[name], table) for name, table in tables(base).items())
 for step in (base + 1, base + 2):
     disk.step = base + 2
-    save = engine.async_save({"table": torch.full_like(state["table"], step)}, step=step)
+    save = engine.async_save(tables(step), step=step)
     save.staging_completion.result()
     if step == base + 1:
         save.upload_completion.result()

@@ -16,7 +16,8 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from fakes.meshes import filled, raw, zeros
-from stormjib_checkpoint.engine import Engine, Save, memory, pipeline, staging
+from stormjib_checkpoint import room
+from stormjib_checkpoint.engine import Engine, Save, pipeline, staging
 from stormjib_checkpoint.engine import arena as arenas
 from stormjib_checkpoint.errors import (
     ArenaTooLarge,
@@ -428,7 +429,7 @@ def test_a_third_save_waits_and_says_so(engine: Engine) -> None:
 def test_too_little_memory_is_refused_before_it_is_taken(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory, "room", lambda: 10_000)
+    monkeypatch.setattr(room, "free", lambda: 10_000)
     with pytest.raises(
         ArenaTooLarge, match=r"needs as much host memory.*10000 are free.*raise the memory limit"
     ):

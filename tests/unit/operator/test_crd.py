@@ -164,6 +164,7 @@ def test_the_fields_are_these() -> None:
         "checkpoint.signingKey",
         "checkpoint.signingKey.secretName",
         "checkpoint.signingKey.key",
+        "checkpoint.peers",
     ]
 
 

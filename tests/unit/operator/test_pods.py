@@ -174,6 +174,22 @@ def test_without_a_checkpoint_there_is_no_claim_and_no_root() -> None:
     assert not [each for each in trainer(pod)["env"] if each["name"].startswith("STORMJIB_CHECKPOINT")]
 
 
+def test_a_node_that_keeps_copies_has_room_for_them() -> None:
+    """Under the container's limit there is no more to be had: what lies there counts as its memory."""
+    checkpoint = {"storage": {"persistentVolumeClaim": {"claimName": "disk"}}, "peers": 1}
+    pod = slot(template=template(), checkpoint=checkpoint)
+    assert {"name": "STORMJIB_CHECKPOINT_PEERS", "value": "1"} in trainer(pod)["env"]
+    assert shared_memory(pod) == "4Gi"
+    assert shared_memory(slot(template=template())) == "2Gi"
+    assert shared_memory(slot(checkpoint=checkpoint)) == "1Gi", "its limit"
+
+
+def shared_memory(pod: dict[str, Any]) -> str:
+    """How much its /dev/shm may hold."""
+    volume = next(each for each in pod["spec"]["volumes"] if each["name"] == "stormjib-shm")
+    return str(volume["emptyDir"]["sizeLimit"])
+
+
 def test_an_address_of_ipv6_is_bracketed() -> None:
     assert pods.coordinator_url("fd00::7") == "http://[fd00::7]:7070"
 

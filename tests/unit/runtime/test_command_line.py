@@ -94,6 +94,8 @@ def test_settings_of_an_agent() -> None:
     assert not settings.preflight
     assert Settings.from_env({**ENVIRONMENT, Env.PREFLIGHT: "On"}).preflight
     assert str(settings.pages) == "/dev/shm/stormjib-01234567-3"
+    assert not settings.peers
+    assert Settings.from_env({**ENVIRONMENT, Env.CHECKPOINT_PEERS: "1"}).peers
 
 
 @pytest.mark.parametrize("name", list(ENVIRONMENT))
@@ -113,6 +115,7 @@ def test_a_missing_variable_is_named(name: str) -> None:
         (Env.COMMAND, json.dumps([])),
         (Env.GRACE_S, "soon"),
         (Env.CHECKPOINT_KEEP, "0"),
+        (Env.CHECKPOINT_PEERS, "yes"),
         (Env.PREFLIGHT, "true"),
     ],
 )

@@ -58,12 +58,25 @@ def test_the_age_counts_from_when_a_newer_step_was_told() -> None:
     assert (saves.step(), saves.age_s(41)) == (3, 1), "a newer generation may have gone back"
 
 
+def test_copied_is_what_the_slot_that_is_furthest_behind_has_copied() -> None:
+    """Of the newest generation: whoever is no member any more tells nothing new."""
+    saves = Saves()
+    saves.heard(report(0, 1, None), 0)
+    assert saves.copied() is None
+    for slot, number, step in ((0, 1, 9), (1, 1, 7), (2, 1, 3)):
+        saves.heard(replace(report(slot, number, None), copied=step), 0)
+    assert saves.copied() == 3
+    for slot, step in ((0, 5), (1, 6)):
+        saves.heard(replace(report(slot, 2, None), copied=step), 1)
+    assert saves.copied() == 5
+
+
 def test_every_metric_is_on_the_page_of_metrics() -> None:
     saves = Saves()
-    saves.heard(report(0, 1, FULL, ResumePoint(7, GenerationId(1, 1), "d")), 0)
+    saves.heard(replace(report(0, 1, FULL, ResumePoint(7, GenerationId(1, 1), "d")), copied=8), 0)
     told = checkpoint_metrics(saves, 1)
     page = (Path(__file__).resolve().parents[3] / "docs" / "metrics.md").read_text()
     names = set(re.findall(r"^# TYPE (\S+)", told, re.MULTILINE))
-    assert len(names) == 8
+    assert len(names) == 9
     assert names == set(re.findall(r"`(stormjib_checkpoint_\w+)", page))
     assert told.count('stage="') == 4
