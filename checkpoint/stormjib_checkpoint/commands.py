@@ -132,7 +132,7 @@ def finish(root: Root, json: AsJson = False) -> None:
 
 @app.command()
 def gc(root: Root, keep: Keep = 2, dry_run: DryRun = False, json: AsJson = False) -> None:
-    """Delete old saves as the job itself does: never the newest two, what it resumed from, or the ledger."""
+    """Read the newest two steps whole, then delete old saves as the job itself does: never those two, what it resumed from, or the ledger."""
     with _told():
         storage = _storage(root, write=not dry_run)
         newest = history.highest(storage)
@@ -142,7 +142,7 @@ def gc(root: Root, keep: Keep = 2, dry_run: DryRun = False, json: AsJson = False
         if dry_run:
             deleted = retention.doomed(storage, generation, keep)
         else:
-            deleted = retention.retain(storage, generation, keep, lambda old: _bar(old, "deleting"))
+            deleted = retention.retain(storage, generation, keep, _bar, _warn)
     if json:
         _json({"dry_run": dry_run, "deleted": deleted})
         return
@@ -204,6 +204,10 @@ def _bar(items: Iterable[T], word: str, total: int | None = None) -> Iterable[T]
     """The same items, with a progress bar where somebody looks."""
     shown = Console(stderr=True)
     return track(items, word, total, console=shown, transient=True, disable=not shown.is_terminal)
+
+
+def _warn(note: str) -> None:
+    Console(stderr=True, soft_wrap=True).print(note, markup=False)
 
 
 def _json(value: object) -> None:

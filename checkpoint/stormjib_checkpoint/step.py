@@ -67,20 +67,29 @@ class CommittedStep:
             return error
         return DamagedCheckpoint(f"{path} is missing although the step is committed")
 
-    @unreadable_is_damaged()
     def check(self) -> None:
         """Prove all that can be proved without reading tensors: digests of small files, sizes of data files."""
+        for _ in self.checking():
+            pass
+
+    def checking(self) -> Iterator[None]:
+        """As `check`, one file at each turn. Raises MissingCheckpoint, DamagedCheckpoint, StorageError."""
         for name in self.manifest.files:
             self._read(name)
+            yield
         for name, size in self.manifest.data.items():
-            path = f"{self.folder}/{name}"
-            try:
-                with self._storage.open(path) as file:
-                    found = file.size
-            except NotThere as error:
-                raise self.lost(path) from error
-            if found != size:
-                raise DamagedCheckpoint(f"{path} has {found} bytes; {size} were written")
+            self._check_size(f"{self.folder}/{name}", size)
+            yield
+
+    @unreadable_is_damaged()
+    def _check_size(self, path: str, size: int) -> None:
+        try:
+            with self._storage.open(path) as file:
+                found = file.size
+        except NotThere as error:
+            raise self.lost(path) from error
+        if found != size:
+            raise DamagedCheckpoint(f"{path} has {found} bytes; {size} were written")
 
     @unreadable_is_damaged()
     def _read_manifest(self) -> Manifest:

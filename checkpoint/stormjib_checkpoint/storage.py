@@ -74,6 +74,10 @@ class Storage(Protocol):
     def open(self, path: str) -> contextlib.AbstractContextManager[Opened]:
         """A file for ranged reads. Raises NotThere."""
 
+    def past_cache(self) -> Storage:
+        """The same files, read from where they lie and not from a copy in this machine's memory: for whoever wants to know whether they
+        are still whole."""
+
     def names(self, folder: str) -> list[str]:
         """Sorted names in a folder, none where it does not exist; unfinished writes are left out."""
 
@@ -102,6 +106,23 @@ class _LocalFile:
                 if count == 0:
                     break
                 done += count
+        return done
+
+    def forget(self, offset: int = 0, length: int = 0) -> None:
+        with _typed(self._path):
+            self._files.forget(self._descriptor, offset, length)
+
+
+class _Reread:
+    """A file of which nothing is taken from the page cache, and nothing left in it."""
+
+    def __init__(self, file: _LocalFile) -> None:
+        file.forget()
+        self._file, self.size = file, file.size
+
+    def read_into(self, offset: int, buffer: memoryview) -> int:
+        done = self._file.read_into(offset, buffer)
+        self._file.forget(offset, len(buffer))
         return done
 
 
@@ -191,6 +212,11 @@ class Local:
 
     @contextlib.contextmanager
     def open(self, path: str) -> Iterator[Opened]:
+        with self._opened(path) as file:
+            yield file
+
+    @contextlib.contextmanager
+    def _opened(self, path: str) -> Iterator[_LocalFile]:
         target = self._at(path)
         with _typed(target):
             descriptor = self._files.open_to_read(target)
@@ -200,6 +226,9 @@ class Local:
             yield file
         finally:
             self._close(descriptor, target)
+
+    def past_cache(self) -> Local:
+        return _PastCache(self.root, self._files, self.key)
 
     def names(self, folder: str) -> list[str]:
         target = self._at(folder) if folder else self.root
@@ -284,6 +313,13 @@ class Local:
             # NFS repeats a request whose answer was lost: then the name that is taken is our own file.
             if not self._files.same(temporary, target):
                 raise
+
+
+class _PastCache(Local):
+    @contextlib.contextmanager
+    def open(self, path: str) -> Iterator[Opened]:
+        with self._opened(path) as file:
+            yield _Reread(file)
 
 
 @contextlib.contextmanager

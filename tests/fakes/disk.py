@@ -192,6 +192,9 @@ class Disk:
     def size(self, descriptor: int) -> int:
         return len(self.tree.files.get(self._open[descriptor], b""))
 
+    def forget(self, descriptor: int, offset: int, length: int) -> None:
+        assert descriptor in self._open
+
     def sync(self, descriptor: int) -> None:
         self._synced(self._open[descriptor])
 

@@ -10,7 +10,7 @@ import pytest
 
 from fakes import training
 from fakes.disk import Disk
-from fakes.lives import SOON_S, begin, load, next_life, save
+from fakes.lives import SOON_S, begin, load, next_life, save, tidied
 from fakes.watched import Call, Failing, watched
 from stormjib_checkpoint.engine import Engine
 from stormjib_checkpoint.engine import arena as arenas
@@ -198,7 +198,7 @@ def test_a_fault_while_old_steps_are_deleted_costs_no_new_one(
         done = begin(engine, step)
         assert done.upload_completion.exception(SOON_S) is None
         assert done.point is not None
-        engine.wait()
+        tidied(engine)
     assert fault.fired == 1
     assert [step for step, _ in saves(engine.storage)] == [3, 4], "what was not deleted then is now"
     engine.close()
