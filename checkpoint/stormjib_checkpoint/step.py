@@ -62,10 +62,14 @@ class CommittedStep:
     def lost(self, path: str) -> DamagedCheckpoint | MissingCheckpoint:
         """Why a file is not there: the whole step was deleted (its manifest goes first), or this file is lost."""
         try:
-            self._read_manifest()
+            self.still_there()
         except MissingCheckpoint as error:
             return error
         return DamagedCheckpoint(f"{path} is missing although the step is committed")
+
+    def still_there(self) -> None:
+        """Look at the manifest again: what a step that is being deleted lacks is no damage. Raises MissingCheckpoint, DamagedCheckpoint."""
+        self._read_manifest()
 
     def check(self) -> None:
         """Prove all that can be proved without reading tensors: digests of small files, sizes of data files."""

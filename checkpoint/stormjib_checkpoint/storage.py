@@ -1,6 +1,6 @@
 """Where checkpoints lie: one small protocol, and the local file system behind it.
 
-Every write is create-only and durable when it returns: a temporary name, fsync of the file, link() to the final name
+Every write is durable when it returns, and create-only but for hints: a temporary name, fsync of the file, link() to the final name
 (which never replaces), fsync of the folder and of every new folder up to the root. All operations of the file system
 go through `Files`, so that tests can fail or cut each one.
 """
@@ -67,6 +67,9 @@ class Storage(Protocol):
 
     def create(self, path: str, chunks: Iterable[Chunk]) -> None:
         """Write a new file, durable on return. Raises AlreadyThere where the name is taken, and changes nothing."""
+
+    def replace(self, path: str, data: bytes) -> None:
+        """Write a file, or write over it, durable on return: a reader finds the old bytes or the new ones. For hints only."""
 
     def read(self, path: str, limit: int) -> bytes:
         """The whole of a small file. Raises NotThere; raises StorageError above `limit` bytes."""
@@ -170,8 +173,17 @@ class Local:
                 file.write(offset, data)
                 offset += len(data)
 
+    def replace(self, path: str, data: bytes) -> None:
+        with self._new(path, self._files.open_new, self._files.rename) as file:
+            file.write(0, memoryview(data))
+
     @contextlib.contextmanager
-    def _new(self, path: str, open_new: Callable[[str], int]) -> Iterator[_LocalNewFile]:
+    def _new(
+        self,
+        path: str,
+        open_new: Callable[[str], int],
+        publish: Callable[[str, str], None] | None = None,
+    ) -> Iterator[_LocalNewFile]:
         """A file with a temporary name, which gets its own when the block has ended well."""
         target = self._at(path)
         folder, name = os.path.split(target)
@@ -183,7 +195,7 @@ class Local:
             yield _LocalNewFile(self._files, descriptor, target)
             with _typed(target):
                 self._files.sync(descriptor)
-                self._publish(temporary, target)
+                (publish or self._publish)(temporary, target)
         except AlreadyThere:
             # Whoever took the name may have died before this sync, and our caller may build on the file.
             self._discard(temporary)

@@ -27,7 +27,11 @@ def verify(storage: Storage, resume: tuple[int, str, str]) -> Iterator[tuple[str
     step = CommittedStep(fresh, resume)
     step.check()
     for rank in range(step.manifest.world):
-        yield step.data_path(rank), flaw(fresh, step.data_path(rank), step.rank(rank).data)
+        path = step.data_path(rank)
+        problem = flaw(fresh, path, step.rank(rank).data)
+        if problem is not None:
+            step.still_there()
+        yield path, problem
 
 
 def proving(storage: Storage, resume: tuple[int, str, str]) -> Iterator[None]:

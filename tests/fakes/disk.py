@@ -204,6 +204,11 @@ class Disk:
     def link(self, source: str, target: str) -> None:
         self._name(target, self._file(source))
 
+    def rename(self, source: str, target: str) -> None:
+        folder, name = os.path.split(target)
+        self._change(Named(self._folder(folder), name, self._file(source)))
+        self._unname(source)
+
     def same(self, one: str, other: str) -> bool:
         return self._file(other) == self._file(one)
 

@@ -35,7 +35,7 @@ def tidied(engine: Engine) -> None:
     """Wait until the newest steps are proved, and what is too old is deleted."""
     engine._tidier.settled()
     deadline = time.monotonic() + SOON_S
-    while engine._tidier._retention.busy:
+    while engine._tidier._going:
         assert time.monotonic() < deadline, "old steps are not deleted in time"
         time.sleep(0.001)
 

@@ -57,6 +57,9 @@ class Client(Protocol):
     def put(self, key: str, data: bytes, token: str) -> bool:
         """Create an object with its writer's token; False where the name is taken, or another put of it is on its way."""
 
+    def replace(self, key: str, data: bytes) -> None:
+        """Put an object, whatever is there."""
+
     def owner(self, key: str) -> str | None:
         """The token of whoever wrote an object, "" where it has none; None where there is no object."""
 
@@ -138,6 +141,9 @@ class Store:
 
     def create(self, path: str, chunks: Iterable[Chunk]) -> None:
         self._create(path, b"".join(chunks), secrets.token_hex(8))
+
+    def replace(self, path: str, data: bytes) -> None:
+        self._client.replace(self._key(path), data)
 
     def read(self, path: str, limit: int) -> bytes:
         with self.open(path) as file:

@@ -58,7 +58,14 @@ def test_the_newest_stay_and_the_ledger_stays_whole(storage: Local) -> None:
         train(storage, "1.1", step - 10, step)
     assert retain(storage, "1.1", 3) == ["step-00000010/g1.1", "step-00000020/g1.1"]
     assert left(storage) == [(30, "1.1"), (40, "1.1"), (50, "1.1")]
-    assert storage.names("") == ["generations", "ledger", "step-00000030", "step-00000040", "step-00000050"]
+    assert storage.names("") == [
+        "generations",
+        "hints",
+        "ledger",
+        "step-00000030",
+        "step-00000040",
+        "step-00000050",
+    ]
     assert retain(storage, "1.1", 3) == []
     found = audit(storage)
     assert (found.differences(planned), found.gaps(), found.problems) == ([], [], ())
