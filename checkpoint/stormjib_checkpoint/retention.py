@@ -116,6 +116,7 @@ class _Proofs:
         self._whole: set[Save] = set()
         self._flawed: set[Save] = set()
         self._reading: _Reading | None = None
+        self._can_read = True
 
     @property
     def reading(self) -> bool:
@@ -129,12 +130,17 @@ class _Proofs:
         """Choose one to read, unless one is being read, and forget those that are gone."""
         self._whole &= good.keys()
         self._flawed &= good.keys()
-        save = to_prove(good, self.known) if self._reading is None else None
-        if save is not None:
-            from stormjib_checkpoint.verify import (
-                proving,
-            )  # here: where ranks save, there is what they hash with
-
+        save = to_prove(good, self.known) if self._reading is None and self._can_read else None
+        if save is None:
+            return
+        try:  # here, not above: where ranks save, there is what they hash with
+            from stormjib_checkpoint.verify import proving
+        except ModuleNotFoundError as error:  # ranks of another Python have saved
+            self._can_read = False
+            self._tell(
+                f"no step can be proved here, so the oldest two stay: {error}. Install it for the agent."
+            )
+        else:
             self._reading = _Reading(save, proving(self._storage, good[save]))
 
     def read_on(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -368,3 +369,19 @@ def test_what_clocks_say_of_files_does_not_count(tmp_path: Path) -> None:
         os.utime(path, (0, 0) if "step-00000030" in str(path) else (4e9, 4e9))
     retain(storage, "1.1", 2)
     assert [step for step, _ in left(storage)] == [20, 30]
+
+
+def test_where_hashes_cannot_be_compared_it_is_told_once_and_the_oldest_two_stay(
+    storage: Local, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The agent's Python is another than that of the ranks, and lacks what they hash with."""
+    monkeypatch.setitem(sys.modules, "stormjib_checkpoint.verify", None)
+    told: list[str] = []
+    retention = Retention(storage, told.append)
+    for step in range(10, 80, 10):
+        train(storage, "1.1", step - 10, step)
+        retention.ask("1.1", 2)
+        settle(retention)
+    assert [step for step, _ in left(storage)] == [10, 20, 60, 70]
+    assert len(told) == 1
+    assert "no step can be proved here" in told[0]
