@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import sys
 import threading
+import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from fakes.meshes import filled, raw, zeros
 from fakes.saving import until_left
+from stormjib_checkpoint import retention
 from stormjib_checkpoint.engine import Engine, Save, memory, pipeline, staging
 from stormjib_checkpoint.engine import arena as arenas
 from stormjib_checkpoint.errors import (
@@ -552,3 +554,17 @@ def test_no_save_and_no_load_pickles_anything(tmp_path: Path, monkeypatch: pytes
     pickle.loads(pickle.dumps(Net))
     watching.clear()
     assert found_classes, "the audit hook sees what is unpickled"
+
+
+def test_nobody_waits_until_a_step_is_proved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither `wait` nor `close`, although the disk is to be left alone for a minute between two pieces."""
+    monkeypatch.setattr(retention, "rest_s", lambda _took: 60.0)
+    engine = Engine(tmp_path)
+    began = time.monotonic()
+    for number in (1, 2, 3):
+        engine.async_save({"w": torch.ones(10)}, step=number)
+        engine.wait()
+    assert engine._tidier._going, "a step is half proved"
+    engine.close()
+    assert time.monotonic() - began < 30
+    assert [point.step for point in committed(engine.storage)] == [3, 2, 1], "so nothing was deleted"
