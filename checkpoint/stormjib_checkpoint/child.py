@@ -4,13 +4,14 @@
     {"id":2,"do":"open","generation":"1.4","parent":"1.3","job_uid":"...","refused":["..."]}
                                                            -> {"id":2,"resume":{...}|null,"notes":[...]}
     {"id":3,"do":"commit","generation":"1.4","world":4,"step":120,"keep_last":3}
-                                                           -> {"id":3,"committed":{...},"deleted":[...]}
+                                                           -> {"id":3,"committed":{...}}
     {"id":4,"do":"adopt","memory":"/dev/shm/..."}          -> {"id":4,"adopted":[[step,rank],...],"notes":[...]}
     {"id":5,"do":"adopt_copies","copies":"/dev/shm/..."}   -> the same
 
 Every request gets one answer, `{"id":...,"error":"...","kind":"Superseded"}` where it fails. A commit waits for the
-ranks without holding up anything else, so answers may change places. Ends when its input ends. Standard library only, but for a store's
-client, and for `adopt`, `adopt_copies`: they compare hashes, with what the ranks have hashed with.
+ranks without holding up anything else, so answers may change places. After it old steps are deleted and new ones proved, piece by piece
+between requests. Ends when its input ends. Standard library only, but for a store's client, and where hashes are compared: with what the
+ranks have hashed with.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from stormjib_checkpoint.layout import GenerationId  # noqa: TC001 - records are
 from stormjib_checkpoint.node_memory import staged
 from stormjib_checkpoint.opening import open_generation
 from stormjib_checkpoint.records import Json, build, parse, plain
-from stormjib_checkpoint.retention import retain
+from stormjib_checkpoint.retention import Retention
 from stormjib_checkpoint.stores.urls import open_storage
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
     from stormjib_checkpoint.format import ResumePoint
     from stormjib_checkpoint.storage import Storage
 
+NICE = 10
+"""It shares its pod's processors with ranks, and each of its commits would slow down the step in progress for all of them."""
 MAX_REQUEST = 1 << 20
 """A longer line is no request of an agent; it is answered with an error and skipped."""
 
@@ -106,11 +109,13 @@ class Child:
         self._tell = tell
         self._clock = clock
         self._waiting: list[_Waiting] = []
+        self._retention = Retention(storage, tell, clock)
+        self._tidy_at = 0.0
 
     @property
     def busy(self) -> bool:
-        """Whether commits wait for ranks, so that `poll` has something to do."""
-        return bool(self._waiting)
+        """Whether `poll` has something to do: commits wait for ranks, or old steps to be deleted and new ones to be proved."""
+        return bool(self._waiting) or self._retention.busy
 
     def handle(self, line: bytes) -> list[Answer]:
         """Answers that are due after one request."""
@@ -131,6 +136,8 @@ class Child:
             if answer is not None:
                 self._waiting.remove(waiting)
                 answers.append({"id": waiting.identity, **answer})
+        if not answers and self._clock() >= self._tidy_at:
+            self._tidy()
         return answers
 
     def _do(self, identity: Json, request: Mapping[str, Json]) -> Answer | None:
@@ -191,15 +198,16 @@ class Child:
             point = commit_step(self._storage, str(request.generation), request.world, request.step)
         except (CheckpointError, OSError) as error:
             return _error(error)
-        return {"committed": _plain_point(point), **self._retain(request)}
+        self._retention.ask(str(request.generation), request.keep_last)
+        return {"committed": _plain_point(point)}
 
-    def _retain(self, request: Commit) -> Answer:
-        """The step is committed whatever becomes of the old ones."""
+    def _tidy(self) -> None:
+        """One slice. The step is committed whatever becomes of the old ones."""
         try:
-            return {"deleted": retain(self._storage, str(request.generation), request.keep_last)}
+            self._retention.work()
         except (CheckpointError, OSError) as error:
             self._tell(f"old steps are not deleted: {error}")
-            return {"deleted": [], "retention_error": str(error)}
+        self._tidy_at = self._clock() + self._retention.rest_s
 
 
 def _plain_adopted(adopted: Adopted) -> Answer:
@@ -274,6 +282,7 @@ def main() -> None:
         storage = open_storage(sys.argv[1])
     except (StorageError, BadKey) as error:
         sys.exit(str(error))
+    os.setpriority(os.PRIO_PROCESS, 0, NICE)
     with contextlib.suppress(BrokenPipeError):  # the agent is gone, and with it everybody who could ask
         serve(Child(storage, _to_log), sys.stdin.fileno(), sys.stdout.fileno())
 

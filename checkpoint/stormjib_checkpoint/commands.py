@@ -13,14 +13,14 @@ from rich.progress import track
 from rich.table import Table
 
 from stormjib_checkpoint import commit, history, layout, retention, verify
-from stormjib_checkpoint.errors import CheckpointError
+from stormjib_checkpoint.errors import CheckpointError, MissingCheckpoint
 from stormjib_checkpoint.ledger import audit as read_audit
 from stormjib_checkpoint.step import CommittedStep
 from stormjib_checkpoint.storage import Local
 from stormjib_checkpoint.stores.urls import open_storage
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
     from stormjib_checkpoint.format import ResumePoint
     from stormjib_checkpoint.storage import Storage
@@ -63,8 +63,7 @@ def show(root: Root, step: Step = None, json: AsJson = False) -> None:
     """Show what a committed step holds: every tensor with type, shape and the ranks that wrote it; every scalar."""
     with _told():
         storage = _storage(root)
-        point = _point(storage, step)
-        content = CommittedStep(storage, point).atoms()
+        point, content = _on(storage, step, lambda point: CommittedStep(storage, point).atoms())
     tensors: dict[str, dict[str, Any]] = {
         name: {
             "dtype": atom.dtype,
@@ -96,10 +95,7 @@ def verify_step(root: Root, step: Step = None, json: AsJson = False) -> None:
     """Read every byte of a committed step and prove it. Exit code 1 and the file's name where it is damaged."""
     with _told():
         storage = _storage(root)
-        point = _point(storage, step)
-        world = CommittedStep(storage, point).manifest.world
-        files = _bar(verify.verify(storage, point), "reading", world)
-        flaws = {path: flaw for path, flaw in files if flaw is not None}
+        point, flaws = _on(storage, step, lambda point: _flaws(storage, point))
     if json:
         _json({**point._asdict(), "damage": flaws})
     for path, flaw in flaws.items() if not json else ():
@@ -132,7 +128,7 @@ def finish(root: Root, json: AsJson = False) -> None:
 
 @app.command()
 def gc(root: Root, keep: Keep = 2, dry_run: DryRun = False, json: AsJson = False) -> None:
-    """Delete old saves as the job itself does: never the newest two, what it resumed from, or the ledger."""
+    """Read the newest two steps whole, then delete old saves as the job itself does: never those two, what it resumed from, or the ledger."""
     with _told():
         storage = _storage(root, write=not dry_run)
         newest = history.highest(storage)
@@ -142,7 +138,7 @@ def gc(root: Root, keep: Keep = 2, dry_run: DryRun = False, json: AsJson = False
         if dry_run:
             deleted = retention.doomed(storage, generation, keep)
         else:
-            deleted = retention.retain(storage, generation, keep, lambda old: _bar(old, "deleting"))
+            deleted = retention.retain(storage, generation, keep, _bar, _warn)
     if json:
         _json({"dry_run": dry_run, "deleted": deleted})
         return
@@ -206,6 +202,10 @@ def _bar(items: Iterable[T], word: str, total: int | None = None) -> Iterable[T]
     return track(items, word, total, console=shown, transient=True, disable=not shown.is_terminal)
 
 
+def _warn(note: str) -> None:
+    Console(stderr=True, soft_wrap=True).print(note, markup=False)
+
+
 def _json(value: object) -> None:
     print(dumps(value, indent=1))
 
@@ -217,6 +217,23 @@ def _point(storage: Storage, step: int | None) -> ResumePoint:
         known = ", ".join(str(point.step) for point in points) or "none"
         raise typer.BadParameter(f"no such committed step in the history; there are: {known}")
     return found
+
+
+def _on(storage: Storage, step: int | None, use: Callable[[ResumePoint], T]) -> tuple[ResumePoint, T]:
+    """A committed step, and what `use` makes of it. Where none is named and the job deletes it meanwhile: of the newest there is then."""
+    point = _point(storage, step)
+    try:
+        return point, use(point)
+    except MissingCheckpoint:
+        if step is not None:
+            raise
+    return history.at_newest(storage, lambda point: (point, use(point)))
+
+
+def _flaws(storage: Storage, point: ResumePoint) -> dict[str, str]:
+    world = CommittedStep(storage, point).manifest.world
+    files = _bar(verify.verify(storage, point), "reading", world)
+    return {path: flaw for path, flaw in files if flaw is not None}
 
 
 @contextlib.contextmanager

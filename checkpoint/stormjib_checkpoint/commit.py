@@ -27,6 +27,7 @@ from stormjib_checkpoint.format import (
     ResumePoint,
     TrainFile,
 )
+from stormjib_checkpoint.hints import write_hint
 from stormjib_checkpoint.history import committed_by, read_generation, saves
 from stormjib_checkpoint.index import index_of
 from stormjib_checkpoint.layout import GenerationId
@@ -52,7 +53,9 @@ def commit_step(storage: Storage, generation: str, world: int, step: int) -> Res
     record = read_generation(storage, own)
     done = committed_by(storage, own)
     if step in done:
-        return secured(storage, ResumePoint(step, generation, sha256(_manifest(storage, step, own))))
+        point = secured(storage, ResumePoint(step, generation, sha256(_manifest(storage, step, own))))
+        write_hint(storage, own, done)  # whoever has committed it may have died before
+        return point
     before = _step_before(record, done, step)
     ranks, raw = _read_ranks(storage, step, own, world)
     files = raw | _index(storage, ranks, layout.folder(step, own))
@@ -65,6 +68,7 @@ def commit_step(storage: Storage, generation: str, world: int, step: int) -> Res
         storage.key,
     )
     create_same(storage, layout.manifest(step, own), manifest)
+    write_hint(storage, own, {*done, step})
     return ResumePoint(step, generation, sha256(manifest))
 
 

@@ -238,6 +238,14 @@ class GenerationFile:
 
 
 @dataclass(frozen=True)
+class HintFile:
+    """`hints/gG.json`: the newest steps that a generation has committed, oldest first. The only file that is written over."""
+
+    generation: GenerationId
+    steps: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class LedgerLine:
     """One step of a ledger segment: the sample ids that each rank fed to the model, by rank."""
 

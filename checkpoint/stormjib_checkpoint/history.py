@@ -8,7 +8,7 @@ zombie of an older generation goes on committing is in nobody's history.
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from stormjib_checkpoint import layout
 from stormjib_checkpoint.errors import (
@@ -17,18 +17,22 @@ from stormjib_checkpoint.errors import (
     FormatError,
     GenerationExists,
     MediumFailed,
+    MissingCheckpoint,
     NotThere,
     Superseded,
     UnknownGeneration,
 )
 from stormjib_checkpoint.format import MAX_SMALL_FILE, GenerationFile, ResumePoint
+from stormjib_checkpoint.hints import hinted
 from stormjib_checkpoint.layout import GenerationId
 from stormjib_checkpoint.records import decode, encode, sha256
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
     from stormjib_checkpoint.storage import Storage
+
+T = TypeVar("T")
 
 
 class Span(NamedTuple):
@@ -143,14 +147,23 @@ def committed(storage: Storage, head: GenerationId | None = None) -> list[Resume
 def committed_of(
     storage: Storage, head: GenerationId, among: Iterable[tuple[int, GenerationId]]
 ) -> list[ResumePoint]:
-    """As `committed`, of these saves: for whoever must not list them twice, because two listings may contradict each other."""
+    """As `committed`, of these saves and of those that are known by name: for whoever must not list them twice, because two listings may
+    contradict each other."""
     parts = history(storage, head)
     points = [
         manifest_point(storage, step, generation)
-        for step, generation in among
+        for step, generation in {*among, *_by_name(storage, parts)}
         if any(part.generation == generation and part.holds(step) for part in parts)
     ]
     return sorted((point for point in points if point is not None), reverse=True)
+
+
+def _by_name(storage: Storage, parts: Sequence[Span]) -> Iterator[tuple[int, GenerationId]]:
+    """What needs no listing to be found: the steps in the hints of the newest two parts of a history, and what the newest resumed from."""
+    for part in parts[:2]:
+        yield from ((step, part.generation) for step in hinted(storage, part.generation))
+        if part.upto is not None:
+            yield part.upto, part.generation
 
 
 def manifest_point(storage: Storage, step: int, generation: GenerationId) -> ResumePoint | None:
@@ -169,6 +182,20 @@ def newest(storage: Storage) -> ResumePoint | None:
     """The newest committed step in the history of the highest generation."""
     found = committed(storage)
     return found[0] if found else None
+
+
+def at_newest(storage: Storage, use: Callable[[ResumePoint], T]) -> T:
+    """`use` the newest committed step; where retention takes it away meanwhile (`use` raises MissingCheckpoint), start over at the newest
+    there is then. For readers outside the job, whose steps nobody keeps for them. Raises MissingCheckpoint where there is none."""
+    seen: ResumePoint | None = None
+    while (point := newest(storage)) is not None:
+        try:
+            return use(point)
+        except MissingCheckpoint:
+            if point == seen:
+                raise
+            seen = point
+    raise MissingCheckpoint("no step is committed in this history")
 
 
 def write_generation(storage: Storage, record: GenerationFile) -> None:
@@ -200,5 +227,6 @@ def usable(points: Collection[ResumePoint], refused: Collection[str]) -> list[Re
 
 def committed_by(storage: Storage, generation: GenerationId) -> set[int]:
     """The steps that one generation has committed itself and that are not deleted."""
-    own = (step for step, owner in saves(storage) if owner == generation)
+    listed = {step for step, owner in saves(storage) if owner == generation}
+    own = listed | {*hinted(storage, generation)}
     return {step for step in own if manifest_point(storage, step, generation) is not None}

@@ -3,6 +3,7 @@
 step-00001200/g2.7/{rank-00003.safetensors, rank-00003.json, atoms.json, train.json, MANIFEST.json}
 generations/g2.7.json
 doubts/g2.7.json
+hints/g2.7.json
 ledger/g2.7/00001101-00001200.jsonl
 """
 
@@ -16,6 +17,7 @@ ATOMS = "atoms.json"
 TRAIN = "train.json"
 GENERATIONS = "generations"
 DOUBTS = "doubts"
+HINTS = "hints"
 LEDGER = "ledger"
 
 _NUMBER = r"(0|[1-9][0-9]{0,17})"
@@ -81,6 +83,11 @@ def generation_file(generation: GenerationId) -> str:
 def doubt_file(generation: GenerationId) -> str:
     """Path of what a generation has said against its own newest steps."""
     return f"{DOUBTS}/g{generation}.json"
+
+
+def hint_file(generation: GenerationId) -> str:
+    """Path of what says where to look for a generation's newest steps."""
+    return f"{HINTS}/g{generation}.json"
 
 
 def ledger_folder(generation: GenerationId) -> str:

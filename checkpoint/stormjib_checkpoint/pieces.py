@@ -1,4 +1,4 @@
-"""The checksum of a piece of a data file. Needs `xxhash`: ranks only, never the child."""
+"""The checksum of a piece of a data file. Needs `xxhash`, which ranks have; the child imports it only where they have saved."""
 
 from __future__ import annotations
 

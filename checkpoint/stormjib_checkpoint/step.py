@@ -62,25 +62,38 @@ class CommittedStep:
     def lost(self, path: str) -> DamagedCheckpoint | MissingCheckpoint:
         """Why a file is not there: the whole step was deleted (its manifest goes first), or this file is lost."""
         try:
-            self._read_manifest()
+            self.still_there()
         except MissingCheckpoint as error:
             return error
         return DamagedCheckpoint(f"{path} is missing although the step is committed")
 
-    @unreadable_is_damaged()
+    def still_there(self) -> None:
+        """Look at the manifest again: what a step that is being deleted lacks is no damage. Raises MissingCheckpoint, DamagedCheckpoint."""
+        self._read_manifest()
+
     def check(self) -> None:
         """Prove all that can be proved without reading tensors: digests of small files, sizes of data files."""
+        for _ in self.checking():
+            pass
+
+    def checking(self) -> Iterator[None]:
+        """As `check`, one file at each turn. Raises MissingCheckpoint, DamagedCheckpoint, StorageError."""
         for name in self.manifest.files:
             self._read(name)
+            yield
         for name, size in self.manifest.data.items():
-            path = f"{self.folder}/{name}"
-            try:
-                with self._storage.open(path) as file:
-                    found = file.size
-            except NotThere as error:
-                raise self.lost(path) from error
-            if found != size:
-                raise DamagedCheckpoint(f"{path} has {found} bytes; {size} were written")
+            self._check_size(f"{self.folder}/{name}", size)
+            yield
+
+    @unreadable_is_damaged()
+    def _check_size(self, path: str, size: int) -> None:
+        try:
+            with self._storage.open(path) as file:
+                found = file.size
+        except NotThere as error:
+            raise self.lost(path) from error
+        if found != size:
+            raise DamagedCheckpoint(f"{path} has {found} bytes; {size} were written")
 
     @unreadable_is_damaged()
     def _read_manifest(self) -> Manifest:

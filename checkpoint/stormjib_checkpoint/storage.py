@@ -1,6 +1,6 @@
 """Where checkpoints lie: one small protocol, and the local file system behind it.
 
-Every write is create-only and durable when it returns: a temporary name, fsync of the file, link() to the final name
+Every write is durable when it returns, and create-only but for hints: a temporary name, fsync of the file, link() to the final name
 (which never replaces), fsync of the folder and of every new folder up to the root. All operations of the file system
 go through `Files`, so that tests can fail or cut each one.
 """
@@ -68,11 +68,18 @@ class Storage(Protocol):
     def create(self, path: str, chunks: Iterable[Chunk]) -> None:
         """Write a new file, durable on return. Raises AlreadyThere where the name is taken, and changes nothing."""
 
+    def replace(self, path: str, data: bytes) -> None:
+        """Write a file, or write over it, durable on return: a reader finds the old bytes or the new ones. For hints only."""
+
     def read(self, path: str, limit: int) -> bytes:
         """The whole of a small file. Raises NotThere; raises StorageError above `limit` bytes."""
 
     def open(self, path: str) -> contextlib.AbstractContextManager[Opened]:
         """A file for ranged reads. Raises NotThere."""
+
+    def past_cache(self) -> Storage:
+        """The same files, read from where they lie and not from a copy in this machine's memory: for whoever wants to know whether they
+        are still whole."""
 
     def names(self, folder: str) -> list[str]:
         """Sorted names in a folder, none where it does not exist; unfinished writes are left out."""
@@ -102,6 +109,23 @@ class _LocalFile:
                 if count == 0:
                     break
                 done += count
+        return done
+
+    def forget(self, offset: int = 0, length: int = 0) -> None:
+        with _typed(self._path):
+            self._files.forget(self._descriptor, offset, length)
+
+
+class _Reread:
+    """A file of which nothing is taken from the page cache, and nothing left in it."""
+
+    def __init__(self, file: _LocalFile) -> None:
+        file.forget()
+        self._file, self.size = file, file.size
+
+    def read_into(self, offset: int, buffer: memoryview) -> int:
+        done = self._file.read_into(offset, buffer)
+        self._file.forget(offset, len(buffer))
         return done
 
 
@@ -149,8 +173,17 @@ class Local:
                 file.write(offset, data)
                 offset += len(data)
 
+    def replace(self, path: str, data: bytes) -> None:
+        with self._new(path, self._files.open_new, self._files.rename) as file:
+            file.write(0, memoryview(data))
+
     @contextlib.contextmanager
-    def _new(self, path: str, open_new: Callable[[str], int]) -> Iterator[_LocalNewFile]:
+    def _new(
+        self,
+        path: str,
+        open_new: Callable[[str], int],
+        publish: Callable[[str, str], None] | None = None,
+    ) -> Iterator[_LocalNewFile]:
         """A file with a temporary name, which gets its own when the block has ended well."""
         target = self._at(path)
         folder, name = os.path.split(target)
@@ -162,7 +195,7 @@ class Local:
             yield _LocalNewFile(self._files, descriptor, target)
             with _typed(target):
                 self._files.sync(descriptor)
-                self._publish(temporary, target)
+                (publish or self._publish)(temporary, target)
         except AlreadyThere:
             # Whoever took the name may have died before this sync, and our caller may build on the file.
             self._discard(temporary)
@@ -191,6 +224,11 @@ class Local:
 
     @contextlib.contextmanager
     def open(self, path: str) -> Iterator[Opened]:
+        with self._opened(path) as file:
+            yield file
+
+    @contextlib.contextmanager
+    def _opened(self, path: str) -> Iterator[_LocalFile]:
         target = self._at(path)
         with _typed(target):
             descriptor = self._files.open_to_read(target)
@@ -200,6 +238,9 @@ class Local:
             yield file
         finally:
             self._close(descriptor, target)
+
+    def past_cache(self) -> Local:
+        return _PastCache(self.root, self._files, self.key)
 
     def names(self, folder: str) -> list[str]:
         target = self._at(folder) if folder else self.root
@@ -284,6 +325,13 @@ class Local:
             # NFS repeats a request whose answer was lost: then the name that is taken is our own file.
             if not self._files.same(temporary, target):
                 raise
+
+
+class _PastCache(Local):
+    @contextlib.contextmanager
+    def open(self, path: str) -> Iterator[Opened]:
+        with self._opened(path) as file:
+            yield _Reread(file)
 
 
 @contextlib.contextmanager

@@ -272,7 +272,8 @@ class Retention(Model):
     """Which checkpoints are kept."""
 
     keep_last: Annotated[int, Field(ge=1, le=100)] = 3
-    """How many of the newest committed checkpoints are kept."""
+    """How many of the newest committed checkpoints are kept. Up to four more stay until the newest two have been read again and found whole:
+    size the storage for that."""
 
 
 class Checkpoint(Model):

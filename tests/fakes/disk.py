@@ -192,6 +192,9 @@ class Disk:
     def size(self, descriptor: int) -> int:
         return len(self.tree.files.get(self._open[descriptor], b""))
 
+    def forget(self, descriptor: int, offset: int, length: int) -> None:
+        assert descriptor in self._open
+
     def sync(self, descriptor: int) -> None:
         self._synced(self._open[descriptor])
 
@@ -200,6 +203,11 @@ class Disk:
 
     def link(self, source: str, target: str) -> None:
         self._name(target, self._file(source))
+
+    def rename(self, source: str, target: str) -> None:
+        folder, name = os.path.split(target)
+        self._change(Named(self._folder(folder), name, self._file(source)))
+        self._unname(source)
 
     def same(self, one: str, other: str) -> bool:
         return self._file(other) == self._file(one)

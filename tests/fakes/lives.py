@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,10 +25,19 @@ def begin(engine: Engine, step: int) -> Save:
 
 
 def save(engine: Engine, step: int) -> BaseException | None:
-    """Save a step, and have what is too old deleted; how that failed."""
+    """Save a step, have it proved, and what is too old deleted; how the save failed."""
     failed = begin(engine, step).upload_completion.exception(SOON_S)
-    engine._pipeline.tidied()
+    tidied(engine)
     return failed
+
+
+def tidied(engine: Engine) -> None:
+    """Wait until the newest steps are proved, and what is too old is deleted."""
+    engine._tidier.settled()
+    deadline = time.monotonic() + SOON_S
+    while engine._tidier._going:
+        assert time.monotonic() < deadline, "old steps are not deleted in time"
+        time.sleep(0.001)
 
 
 def load(engine: Engine) -> int:

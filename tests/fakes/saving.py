@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ from stormjib_checkpoint.commit import commit_step
 from stormjib_checkpoint.engine.arena import Arena
 from stormjib_checkpoint.engine.flush import Handover, flush
 from stormjib_checkpoint.engine.staging import Copying
+from stormjib_checkpoint.history import committed
 from stormjib_checkpoint.image import image_of
 from stormjib_checkpoint.layout import GenerationId
 from stormjib_checkpoint.left import leave
@@ -82,3 +84,11 @@ def save_parts(
         flush(storage, path, file.size, arena, handover, writers=1)
         records = records_of(who, data, file, scalars, train, ids, storage.key)
         leave(storage, who.step, who.generation, who.rank, records)
+
+
+def until_left(storage: Storage, steps: list[int], limit_s: float = 30.0) -> None:
+    """Wait until these are the committed steps, newest first: the others are deleted when the newest two are proved, beside all else."""
+    deadline = time.monotonic() + limit_s
+    while (left := [point.step for point in committed(storage)]) != steps:
+        assert time.monotonic() < deadline, f"{left} are left, not {steps}"
+        time.sleep(0.01)

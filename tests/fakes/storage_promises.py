@@ -68,6 +68,25 @@ class StoragePromises:
         """Two that race for a name."""
         return open_place(), open_place()
 
+    def test_a_hint_is_written_over_and_all_else_of_its_folder_stays(self, storage: Storage) -> None:
+        storage.create("a/b", [b"b"])
+        for data in (b"one", b"a longer one", b""):
+            storage.replace("a/hint", data)
+            assert storage.read("a/hint", 20) == data
+        assert storage.names("a") == ["b", "hint"]
+        assert storage.read("a/b", 1) == b"b"
+
+    def test_what_is_read_past_the_cache_is_the_same(self, storage: Storage) -> None:
+        storage.create("a/b", [pattern(5000)])
+        fresh = storage.past_cache()
+        assert fresh.read("a/b", 5000) == pattern(5000)
+        with fresh.open("a/b") as file:
+            buffer = bytearray(3000)
+            assert (file.size, file.read_into(3000, memoryview(buffer))) == (5000, 2000)
+            assert bytes(buffer[:2000]) == pattern(5000)[3000:]
+        with pytest.raises(NotThere):
+            fresh.read("a/c", 1)
+
     def test_a_small_file_is_read_back_and_listed(self, storage: Storage) -> None:
         storage.create("a/b/c.json", [b"one", memoryview(b"two"), b""])
         storage.create("a/empty", [])

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.storage import StorageReader
 from stormjib_checkpoint.boxes import Box
 from stormjib_checkpoint.dcp.roots import OURS, Root, is_root, storage_at
 from stormjib_checkpoint.errors import LoadError, MissingCheckpoint, StateMismatch
-from stormjib_checkpoint.history import committed
+from stormjib_checkpoint.history import at_newest, committed
 from stormjib_checkpoint.reader import Checkpoint
 from stormjib_checkpoint.tensors import ABSENT, DTYPES, Held
 
@@ -37,7 +37,8 @@ if TYPE_CHECKING:
 class StormjibReader(StorageReader):
     """`dcp.load(state, checkpoint_id=folder, storage_reader=StormjibReader())`: what StormjibWriter or an Engine saved there.
 
-    The newest committed step of the history, or `step`. Errors of ours (DamagedCheckpoint, MissingCheckpoint) come in DCP's
+    The newest committed step of the history, or `step`. Where retention takes it away while it is read, MissingCheckpoint is raised: load
+    again, and it is the newest there is then. Errors of ours (DamagedCheckpoint, MissingCheckpoint) come in DCP's
     CheckpointException.
     """
 
@@ -62,8 +63,7 @@ class StormjibReader(StorageReader):
         """What the step holds, as DCP wants to be told. Raises MissingCheckpoint, DamagedCheckpoint."""
         if self._storage is None:
             raise LoadError("nobody said what to load: name checkpoint_id=, or give StormjibReader a folder")
-        self._point = self._chosen(self._storage)
-        self._checkpoint = Checkpoint(self._storage, self._point)
+        self._checkpoint = self._opened(self._storage)
         named: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {
             name: _tensor(atom) for name, atom in self._checkpoint.atoms.items()
         }
@@ -108,14 +108,12 @@ class StormjibReader(StorageReader):
         done.set_result(None)
         return done
 
-    def _chosen(self, storage: Storage) -> ResumePoint:
-        points = committed(storage)
-        found = next((point for point in points if self._step in (None, point.step)), None)
-        if found is None:
-            wanted = "no step" if self._step is None else f"step {self._step} is not"
-            known = ", ".join(str(point.step) for point in points) or "none"
-            raise MissingCheckpoint(f"{wanted} committed in this history; there are: {known}")
-        return found
+    def _opened(self, storage: Storage) -> Checkpoint:
+        def use(point: ResumePoint) -> Checkpoint:
+            self._point = point
+            return Checkpoint(storage, point)
+
+        return at_newest(storage, use) if self._step is None else use(_of_step(storage, self._step))
 
     def _objects(self) -> dict[str, Json]:
         checkpoint = self._read()
@@ -126,6 +124,15 @@ class StormjibReader(StorageReader):
         if self._checkpoint is None:
             raise LoadError("read_metadata comes first")
         return self._checkpoint
+
+
+def _of_step(storage: Storage, step: int) -> ResumePoint:
+    points = committed(storage)
+    found = next((point for point in points if point.step == step), None)
+    if found is None:
+        known = ", ".join(str(point.step) for point in points) or "none"
+        raise MissingCheckpoint(f"step {step} is not committed in this history; there are: {known}")
+    return found
 
 
 def _tensor(atom: Atom) -> TensorStorageMetadata:

@@ -22,14 +22,14 @@ from stormjib_checkpoint.dcp.roots import OURS, Root, is_root, storage_at
 from stormjib_checkpoint.engine.arena import Arena
 from stormjib_checkpoint.engine.flush import Handover, flush
 from stormjib_checkpoint.engine.staging import Copying
+from stormjib_checkpoint.engine.tidier import Tidier
 from stormjib_checkpoint.engine.workers import Job, Workers
-from stormjib_checkpoint.errors import SaveError, StorageError, UnsupportedState
+from stormjib_checkpoint.errors import SaveError, UnsupportedState
 from stormjib_checkpoint.format import Atom, DataFile
 from stormjib_checkpoint.image import Image, image_of
 from stormjib_checkpoint.layout import GenerationId
 from stormjib_checkpoint.left import leave
 from stormjib_checkpoint.opening import open_next
-from stormjib_checkpoint.retention import retain
 from stormjib_checkpoint.tensors import TAGS, Held, held
 from stormjib_checkpoint.writer import RESERVED, Part, records_of, refuse_unstorable, told_as_saved
 
@@ -49,6 +49,7 @@ class _Line:
 
     generation: GenerationId
     step: int
+    tidier: Tidier
 
 
 class _Saving(threading.local):
@@ -136,10 +137,7 @@ class StormjibWriter(StorageWriter):
         train = {OURS: {"objects": objects, "paths": dict(metadata.planner_data or {})}}
         _leave(storage, who, data, replace(file, atoms=_all_atoms(metadata) | file.atoms), train)
         commit_when_complete(storage, str(who.generation), who.world, who.step)
-        try:
-            retain(storage, str(who.generation), self._keep_last)
-        except StorageError as error:  # the step is committed whatever becomes of the old ones
-            _log.warning("old steps are not deleted: %s", error)
+        self._line().tidier.ask(str(who.generation), self._keep_last)
 
     def _storage(self) -> Storage:
         storage = self._now.storage or self._given
@@ -155,7 +153,7 @@ class StormjibWriter(StorageWriter):
             for note in opening.notes:
                 _log.warning("%s", note)
             step = opening.resume.step + 1 if opening.resume is not None else 0
-            self._lines[place] = _Line(GenerationId.parse(opening.generation), step)
+            self._lines[place] = _Line(GenerationId.parse(opening.generation), step, Tidier(storage))
         return self._lines[place]
 
     def _write(self, who: Part, file: Image) -> DataFile:

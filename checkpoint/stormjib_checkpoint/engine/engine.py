@@ -27,6 +27,7 @@ from stormjib_checkpoint.engine.gate import Gate
 from stormjib_checkpoint.engine.pipeline import IN_FLIGHT, Pipeline
 from stormjib_checkpoint.engine.plan import Plan, plan
 from stormjib_checkpoint.engine.saving import Save, Taken
+from stormjib_checkpoint.engine.tidier import Tidier
 from stormjib_checkpoint.engine.totals import Totals
 from stormjib_checkpoint.errors import (
     CommitError,
@@ -34,7 +35,6 @@ from stormjib_checkpoint.errors import (
     MissingCheckpoint,
     SaveError,
     StateMismatch,
-    StorageError,
     TornCopy,
     UnsupportedState,
 )
@@ -42,7 +42,6 @@ from stormjib_checkpoint.format import ResumePoint
 from stormjib_checkpoint.layout import GenerationId
 from stormjib_checkpoint.node_memory import Near
 from stormjib_checkpoint.opening import open_next
-from stormjib_checkpoint.retention import retain
 from stormjib_checkpoint.stores.urls import open_storage
 from stormjib_checkpoint.tensors import copyable, local_of
 from stormjib_checkpoint.writer import Part, checked_ids, refuse_unstorable
@@ -103,7 +102,8 @@ class Engine:
         self._berths = Berths(self._memory, int(os.environ.get("LOCAL_RANK", "0")))
         self._plan: Plan | None = None
         self._saves: list[Save] = []
-        self._pipeline = Pipeline(self.storage, self._gate, self._commit, self._retain)
+        self._pipeline = Pipeline(self.storage, self._gate, self._commit)
+        self._tidier = Tidier(self.storage)
         atexit.register(self.close)  # a save that was begun is finished, whoever forgets to wait for it
 
     # --- before training --------------------------------------------------------------------------------------------
@@ -185,14 +185,15 @@ class Engine:
         self._gate.wait()
 
     def wait(self) -> None:
-        """Until no save is on its way, and what is too old is deleted. Raises TornCopy as `async_save` does."""
+        """Until no save is on its way, and what can be deleted by then is. Raises TornCopy as `async_save` does."""
         wait([save.upload_completion for save in self._saves])
-        self._pipeline.tidied()
+        self._tidier.settled()
         self._settle()
 
     def close(self) -> None:
         """Finish all that is on its way, and let go of the optimizers. What has failed is logged."""
         self._pipeline.close()
+        self._tidier.close()
         self._gate.close()
         atexit.unregister(self.close)
         try:
@@ -262,12 +263,7 @@ class Engine:
             _log.warning("step %d is not committed: %s", save.step, error)
             return
         save.figures.committed_s = save.age_s()
-
-    def _retain(self, save: Save) -> None:
-        try:
-            retain(self.storage, self.generation, self._keep_last)
-        except StorageError as error:
-            _log.warning("old steps are not deleted: %s", error)
+        self._tidier.ask(self.generation, self._keep_last)
 
     def _open(self, refused: Sequence[str]) -> None:
         note = ""

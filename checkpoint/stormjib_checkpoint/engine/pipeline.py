@@ -86,12 +86,10 @@ class DeviceStaging:
 
 
 class Pipeline:
-    """Takes saves from the call to the storage. `commit` is asked for each step that is durable here, and `tidy` after it."""
+    """Takes saves from the call to the storage. `commit` is asked for each step that is durable here."""
 
-    def __init__(
-        self, storage: Storage, gate: Gate, commit: Callable[[Save], None], tidy: Callable[[Save], None]
-    ) -> None:
-        self._storage, self._gate, self._commit, self._tidy = storage, gate, commit, tidy
+    def __init__(self, storage: Storage, gate: Gate, commit: Callable[[Save], None]) -> None:
+        self._storage, self._gate, self._commit = storage, gate, commit
         self._lanes = Lanes()
         self._stage = Workers("stormjib-stage", nice=IDLE)
         # It is asked for all at once, and the host waits for that: not by who only runs while nobody else wants to.
@@ -99,7 +97,6 @@ class Pipeline:
         self._hands = Workers("stormjib-hand", hands())
         self._tell = Workers("stormjib-tell", nice=NICE)
         self._flush = Workers("stormjib-flush", IN_FLIGHT, nice=NICE)
-        self._tidying = Workers("stormjib-tidy", nice=IDLE)
 
     def begin(self, save: Save, taken: Taken, older: Save | None) -> None:
         """Shut the gate and let it go. `older` is the save before: steps are staged, and committed, in order."""
@@ -111,15 +108,10 @@ class Pipeline:
             Job(lambda: self._to_storage(save, taken, older, handover, told), save.upload_completion)
         )
         (self._fetchers if taken.marks else self._stage).put(staging.job)
-        self._tidying.put(Job(lambda: self._tidy_after(save)))
-
-    def tidied(self) -> None:
-        """Until what has been asked of `tidy` so far is done."""
-        self._tidying.put(Job(lambda: None)).future.result()
 
     def close(self) -> None:
         """Wait for all saves that have begun."""
-        for workers in (self._stage, self._fetchers, self._hands, self._tell, self._flush, self._tidying):
+        for workers in (self._stage, self._fetchers, self._hands, self._tell, self._flush):
             workers.close()
 
     def _staging(
@@ -214,11 +206,6 @@ class Pipeline:
         if older is not None:
             wait([older.upload_completion])
         self._commit(save)
-
-    def _tidy_after(self, save: Save) -> None:
-        wait([save.upload_completion])
-        if save.point is not None:
-            self._tidy(save)
 
 
 def _locals(save: Save, taken: Taken) -> list[torch.Tensor]:

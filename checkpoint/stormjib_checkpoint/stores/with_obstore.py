@@ -42,6 +42,10 @@ class Obstore:
                 return False
         return True
 
+    def replace(self, key: str, data: bytes) -> None:
+        with self._told(key):
+            obstore.put(self._store, key, data, mode="overwrite")
+
     def owner(self, key: str) -> str | None:
         try:
             with self._told(key):

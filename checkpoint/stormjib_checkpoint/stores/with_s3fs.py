@@ -56,6 +56,9 @@ class S3fs:
             return False
         return True
 
+    def replace(self, key: str, data: bytes) -> None:
+        self.call("put_object", key, Body=data)
+
     def owner(self, key: str) -> str | None:
         try:
             return str(self.call("head_object", key)["Metadata"].get(TOKEN, ""))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from random import Random
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -24,11 +25,11 @@ from fakes.watched import Call, watched
 from stormjib_checkpoint.commit import commit_step
 from stormjib_checkpoint.errors import CommitError
 from stormjib_checkpoint.history import committed, saves
-from stormjib_checkpoint.layout import GenerationId
+from stormjib_checkpoint.layout import GENERATIONS, GenerationId
 from stormjib_checkpoint.ledger import audit
 from stormjib_checkpoint.opening import open_next
 from stormjib_checkpoint.reader import Checkpoint
-from stormjib_checkpoint.retention import KEEP_AT_LEAST, retain
+from stormjib_checkpoint.retention import KEEP_AT_LEAST, Retention, retain
 from stormjib_checkpoint.storage import Local
 from stormjib_checkpoint.writer import Part
 
@@ -40,6 +41,12 @@ if TYPE_CHECKING:
 ROOT = "/job"
 SHAPE = (7, 3)
 WORLDS = st.integers(1, 3)
+
+
+def no_step_listed(call: Call, do: Callable[..., Any]) -> Any:
+    """A hook: no listing shows anything but the generations."""
+    hidden = call.name == "names" and not call.path.endswith(GENERATIONS)
+    return [] if hidden else do(*call.arguments)
 
 
 class Killed(BaseException):
@@ -83,8 +90,12 @@ class History(RuleBasedStateMachine):
         self.sure: dict[int, int] = {}
         self.maybe: dict[int, int] = {}
         self.marks = 0
+        self.told: list[str] = []
+        self.lied = False
+        """A listing did not show all: steps that were left without a commit are known by it alone, and may have no line in the ledger."""
         self.generations: list[tuple[str, int]] = []
         """All, and the newest step that each has left."""
+        self.retention = Retention(self.storage, self.told.append)
 
     @property
     def storage(self) -> Local:
@@ -157,6 +168,25 @@ class History(RuleBasedStateMachine):
         self.disk = Disk(self.before.copy())
         self._open(world)
 
+    @rule(world=WORLDS)
+    def the_next_process_is_shown_no_step(self, world: int) -> None:
+        """Its listings are empty but for the generations: what is sure is found by its name."""
+        self.lied = True
+        self._open(world, storage=Local(ROOT, watched(self.disk, no_step_listed)))
+
+    @rule(world=WORLDS, seed=st.integers(0, 1000))
+    def the_next_process_is_shown_some_of_what_is_there(self, world: int, seed: int) -> None:
+        chance = Random(seed)
+
+        def some(call: Call, do: Callable[..., Any]) -> Any:
+            shown = do(*call.arguments)
+            if call.name != "names" or call.path.endswith(GENERATIONS):
+                return shown
+            return [name for name in shown if chance.random() < 0.5]
+
+        self.lied = True
+        self._open(world, storage=Local(ROOT, watched(self.disk, some)))
+
     @precondition(lambda self: len(self.sure) >= 2)
     @rule(world=WORLDS)
     def the_newest_is_refused(self, world: int) -> None:
@@ -166,9 +196,9 @@ class History(RuleBasedStateMachine):
         self._open(world, [newest.digest])
         assert self.at != newest.step
 
-    def _open(self, world: int, refused: list[str] | None = None) -> None:
+    def _open(self, world: int, refused: list[str] | None = None, storage: Local | None = None) -> None:
         """The next process goes on; it must find the newest that is sure, or something newer that may be there."""
-        opening = open_next(self.storage, "", refused or [])
+        opening = open_next(storage or self.storage, "", refused or [])
         found = opening.resume
         at = found.step if found is not None else 0
         assert at >= max(self.sure, default=0)
@@ -180,6 +210,7 @@ class History(RuleBasedStateMachine):
         self.maybe = {step: mark for step, mark in self.maybe.items() if step < at and step not in self.sure}
         self.world, self.at, self.left = world, at, at
         self.generations.append((opening.generation, at))
+        self.retention = Retention(self.storage, self.told.append)
 
     @rule(keep=st.integers(0, 4))
     def delete_old_steps(self, keep: int) -> None:
@@ -190,6 +221,21 @@ class History(RuleBasedStateMachine):
         stay = before[: max(keep, KEEP_AT_LEAST)] if own else before
         assert after[: len(stay)] == stay
         assert len(after) <= len(stay) + 1, "only the step that the generation resumed from stays besides"
+        self.sure = {step: mark for step, mark in self.sure.items() if step in after}
+
+    @rule(keep=st.integers(0, 4), slices=st.integers(1, 12))
+    def delete_old_steps_in_slices(self, keep: int, slices: int) -> None:
+        """As a process does beside all else: what is half proved by then is gone on with in the next such slices."""
+        before = [point.step for point in committed(self.storage)]
+        own = any(point.generation == self.generation for point in committed(self.storage))
+        self.retention.ask(self.generation, keep)
+        for _ in range(slices):
+            self.retention.work()
+        after = [point.step for point in committed(self.storage)]
+        newest = before[: max(keep, KEEP_AT_LEAST)] if own else before
+        assert after[: len(newest)] == newest
+        assert not own or len(after) <= max(keep, KEEP_AT_LEAST) + 4
+        assert self.told == [], "nothing is damaged"
         self.sure = {step: mark for step, mark in self.sure.items() if step in after}
 
     @precondition(lambda self: len(self.generations) > 1)
@@ -214,8 +260,10 @@ class History(RuleBasedStateMachine):
             assert self.sure.keys() <= found.keys() <= self.sure.keys() | self.maybe.keys()
             for step, point in found.items():
                 assert restored(self.storage, point, 1) == {**self.maybe, **self.sure}[step]
-            assert audit(self.storage).problems == ()
-            assert audit(self.storage).differences(plan) == []
+            samples = audit(self.storage)
+            assert samples.problems == ()
+            wrong = [one.step for one in samples.differences(plan)]
+            assert [step for step in wrong if step in samples.steps or not self.lied] == []
 
 
 # The usual limit of time would be taken for a failing example where the machine is busy.

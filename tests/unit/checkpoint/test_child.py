@@ -6,7 +6,7 @@ import json
 import re
 import subprocess
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 from hypothesis import given
@@ -14,12 +14,16 @@ from hypothesis import strategies as st
 
 from fakes.disk import Disk
 from fakes.training import WORLD, loads, save, train
+from fakes.watched import Call, watched
 from stormjib_checkpoint.child import MAX_REQUEST, Child, Lines
 from stormjib_checkpoint.commit import WAIT_S
 from stormjib_checkpoint.format import ResumePoint
+from stormjib_checkpoint.history import saves
+from stormjib_checkpoint.retention import rest_s
 from stormjib_checkpoint.storage import Local
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 
@@ -35,12 +39,23 @@ def storage() -> Local:
     return Local("/job", Disk())
 
 
+@pytest.fixture
+def told() -> list[str]:
+    return []
+
+
 def ask(child: Child, **request: Any) -> list[dict[str, Any]]:
     return child.handle(json.dumps(request).encode())
 
 
 def commit(child: Child, identity: int, step: int, generation: str = "1.1") -> list[dict[str, Any]]:
     return ask(child, id=identity, do="commit", generation=generation, world=WORLD, step=step, keep_last=2)
+
+
+def settle(child: Child) -> None:
+    """Until no old step is to be deleted and no new one to be proved."""
+    while child.busy:
+        assert child.poll() == []
 
 
 def test_scan_open_commit(storage: Local) -> None:
@@ -52,7 +67,7 @@ def test_scan_open_commit(storage: Local) -> None:
     assert commit(child, 3, 10) == []
     (answer,) = child.poll()
     point = ResumePoint(**answer["committed"])
-    assert (answer["id"], point.step, answer["deleted"]) == (3, 10, [])
+    assert (answer["id"], point.step) == (3, 10)
     loads(storage, point)
     assert ask(child, id=4, do="scan") == [{"id": 4, "storage": {"generation": "1.1", "job_uid": "uid"}}]
     again = ask(child, id=5, do="open", generation="1.2", parent="1.1", job_uid="uid", refused=[])
@@ -70,6 +85,7 @@ def test_a_commit_waits_without_holding_up_anything(storage: Local) -> None:
     assert ask(child, id=3, do="scan")[0]["storage"]["generation"] == "1.1"
     save(storage, "1.1", 0, 10)
     assert [answer["id"] for answer in child.poll()] == [2]
+    settle(child)
     assert not child.busy
 
 
@@ -99,14 +115,64 @@ def test_a_rank_that_never_saves_is_named_and_the_next_step_is_committed_meanwhi
     assert "rank-00000.json" in late["error"]
 
 
-def test_old_steps_are_deleted_after_a_commit(storage: Local) -> None:
+def test_old_steps_are_deleted_after_a_commit_and_after_its_answer(storage: Local) -> None:
     child = Child(storage, print)
     ask(child, id=1, do="open", generation="1.1", job_uid="uid")
     for step in (10, 20, 30):
         save(storage, "1.1", step - 10, step)
         commit(child, step, step)
-        (answer,) = child.poll()
-    assert answer["deleted"] == ["step-00000010/g1.1"]
+        assert child.poll()[0]["committed"]["step"] == step
+        if step == 30:
+            assert len(list(saves(storage))) == 3
+        settle(child)
+    assert [step for step, _ in saves(storage)] == [20, 30]
+
+
+def test_a_step_is_proved_in_slices_that_hold_up_nothing_and_leave_the_disk_alone(storage: Local) -> None:
+    """Between two slices nineteen times as long passes as the one took, and a commit that comes meanwhile is answered at once."""
+    clock = Clock()
+    reads: list[float] = []
+
+    def slow(call: Call, do: Callable[..., Any]) -> Any:
+        if call.is_a("read_into", "*.safetensors"):
+            reads.append(clock.now)
+            clock.now += 1.0
+        return do(*call.arguments)
+
+    child = Child(Local("/job", watched(storage._files, slow)), print, clock)
+    ask(child, id=1, do="open", generation="1.1", job_uid="uid")
+    save(storage, "1.1", 0, 10)
+    commit(child, 2, 10)
+    while not reads:
+        child.poll()
+    save(storage, "1.1", 10, 20)
+    commit(child, 3, 20)
+    assert child.poll()[0]["committed"]["step"] == 20
+    for _ in range(100):
+        assert child.poll() == []
+    assert len(reads) == 1, "it rests"
+    clock.now = 1.0 + rest_s(1.0)
+    while len(reads) < 2:
+        assert child.poll() == []
+    assert reads[1] == pytest.approx(20.0)
+
+
+def test_a_damaged_step_is_told_and_older_ones_stay(storage: Local, told: list[str]) -> None:
+    child = Child(storage, told.append)
+    ask(child, id=1, do="open", generation="1.1", job_uid="uid")
+    for step in (10, 20, 30, 40):
+        save(storage, "1.1", step - 10, step)
+        if step == 40:
+            path = "/job/step-00000040/g1.1/rank-00001.safetensors"
+            disk = cast("Disk", storage._files)
+            disk.damage(path, disk.content(path)[:-1] + b"?")
+        commit(child, step, step)
+        child.poll()
+        settle(child)
+    assert [step for step, _ in saves(storage)] == [20, 30, 40]
+    assert len(told) == 1
+    assert "step 40 of 1.1 is damaged" in told[0]
+    assert "rank-00001.safetensors" in told[0]
 
 
 def test_a_damaged_step_that_is_passed_over_is_told(storage: Local) -> None:
@@ -134,10 +200,10 @@ def test_a_commit_counts_also_when_deleting_fails(storage: Local, monkeypatch: p
 
     monkeypatch.setattr(storage, "remove", refuse)
     commit(child, 2, 30)
-    (answer,) = child.poll()
-    assert answer["committed"]["step"] == 30
-    assert "denied" in answer["retention_error"]
+    assert child.poll()[0]["committed"]["step"] == 30
+    settle(child)
     assert "old steps are not deleted" in told[0]
+    assert "denied" in told[0]
 
 
 BAD: list[tuple[bytes, str]] = [

@@ -7,6 +7,7 @@ import torch
 
 from fakes.disk import Disk
 from fakes.power import Cutting
+from fakes.saving import until_left
 from stormjib_checkpoint.engine import Engine
 from stormjib_checkpoint.engine import arena as arenas
 from stormjib_checkpoint.storage import Local
@@ -38,6 +39,7 @@ def test_every_power_cut_under_the_engine_leaves_a_whole_newest_step(monkeypatch
     for step in range(1, 5):
         save(engine, step)
         promised[len(disk.log)] = step
+    until_left(engine.storage, [4, 3])
     engine.close()
     cutting, least = Cutting(), 0
     known: dict[object, int] = {}

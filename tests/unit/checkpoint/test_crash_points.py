@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 
 from fakes.disk import Disk, Entry, Synced, Tree
 from fakes.power import Cutting, live
 from fakes.training import WORLD, loads, plan, save, train
+from fakes.watched import Call, watched
+from stormjib_checkpoint import layout
 from stormjib_checkpoint.commit import commit_step
 from stormjib_checkpoint.errors import CheckpointError, CommitError, DamagedCheckpoint, HistoryError
-from stormjib_checkpoint.history import committed, generations
+from stormjib_checkpoint.history import committed, generations, newest
 from stormjib_checkpoint.ledger import audit
 from stormjib_checkpoint.opening import open_generation
 from stormjib_checkpoint.retention import retain
 from stormjib_checkpoint.storage import Local
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
+
+    from stormjib_checkpoint.format import ResumePoint
 
 pytestmark = pytest.mark.timeout(300)
 ROOT = "/team/job"
@@ -49,9 +53,11 @@ class Run:
 
 
 class Recovered(NamedTuple):
-    """What the next generation found: the step that it resumes from, and the generations before it."""
+    """What the next generation found: the step that it resumes from, the newest that is found where no step is listed, and the generations
+    before it."""
 
     step: int
+    by_name: int
     generations: frozenset[str]
 
 
@@ -80,7 +86,7 @@ def relied_on_by_an_opener(log: Sequence[Entry]) -> Run:
     disk = live(log)
     opening = open_generation(Local(ROOT, disk), "1.3", "uid")
     run = Run(disk.log, begin=len(disk.log))
-    run.promise(opening.resume.step if opening.resume is not None else NOTHING, "1.3")
+    run.promise(step_of(opening.resume), "1.3")
     return run
 
 
@@ -127,8 +133,9 @@ def recovered(tree: Tree) -> Recovered:
     if key not in _known:
         storage = Local(ROOT, Disk(tree.copy()))
         before = frozenset(map(str, generations(storage)))
+        by_name = newest(Local(ROOT, watched(storage._files, no_step_listed)))
         resume = open_generation(storage, "2.1", "uid").resume
-        _known[key] = Recovered(resume.step if resume is not None else NOTHING, before)
+        _known[key] = Recovered(step_of(resume), step_of(by_name), before)
         points = committed(storage)
         for point in points:
             loads(storage, point)
@@ -136,6 +143,15 @@ def recovered(tree: Tree) -> Recovered:
         assert (found.last, found.problems, found.differences(plan)) == (_known[key].step, (), [])
         go_on(storage, len(points))
     return _known[key]
+
+
+def no_step_listed(call: Call, do: Callable[..., Any]) -> Any:
+    hidden = call.name == "names" and not call.path.endswith(layout.GENERATIONS)
+    return [] if hidden else do(*call.arguments)
+
+
+def step_of(point: ResumePoint | None) -> int:
+    return point.step if point is not None else NOTHING
 
 
 def go_on(storage: Local, before: int) -> None:
@@ -168,6 +184,7 @@ def keeps_its_promises(run: Run, skipped: str = "") -> list[tuple[Tree, Promise]
             checked[key] = tree, promised
             found = recovered(tree)
             assert found.step >= promised.step, f"after {number} calls {found} is left of {promised}"
+            assert found.by_name >= promised.step, "it is there, and only a listing tells"
             assert not promised.generation or promised.generation in found.generations
     return list(checked.values())
 

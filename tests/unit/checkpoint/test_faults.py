@@ -10,7 +10,7 @@ import pytest
 
 from fakes import training
 from fakes.disk import Disk
-from fakes.lives import SOON_S, begin, load, next_life, save
+from fakes.lives import SOON_S, begin, load, next_life, save, tidied
 from fakes.watched import Call, Failing, watched
 from stormjib_checkpoint.engine import Engine
 from stormjib_checkpoint.engine import arena as arenas
@@ -198,7 +198,7 @@ def test_a_fault_while_old_steps_are_deleted_costs_no_new_one(
         done = begin(engine, step)
         assert done.upload_completion.exception(SOON_S) is None
         assert done.point is not None
-        engine.wait()
+        tidied(engine)
     assert fault.fired == 1
     assert [step for step, _ in saves(engine.storage)] == [3, 4], "what was not deleted then is now"
     engine.close()
@@ -276,11 +276,25 @@ def test_a_step_whose_folder_cannot_be_listed_holds_nothing_up(
     again.close()
 
 
-def test_where_no_step_can_be_listed_nobody_starts_anew(engine: Engine, disk: Disk) -> None:
+def test_where_no_step_can_be_listed_the_newest_is_found_by_its_name(engine: Engine, disk: Disk) -> None:
     engine.close()
     fault = Failing("names", "*step-*", errno.EIO, times=1000)
+    again = Engine(Local(ROOT, watched(disk, fault)))
+    assert fault.fired
+    assert load(again) == 2
+    again.close()
+
+
+def test_where_neither_steps_nor_their_hint_can_be_read_nobody_starts_anew(
+    engine: Engine, disk: Disk
+) -> None:
+    engine.close()
+    listing = Failing("names", "*step-*", errno.EIO, times=1000)
+    hint = Failing("read_into", "*hints*", errno.EIO, times=1000)
     with pytest.raises(StorageError):
-        Engine(Local(ROOT, watched(disk, fault)))
+        Engine(Local(ROOT, watched(watched(disk, listing), hint)))
+    assert listing.fired
+    assert hint.fired
     assert next_life(Local(ROOT, disk)) == 2
 
 

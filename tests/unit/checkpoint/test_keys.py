@@ -54,7 +54,7 @@ def test_every_record_is_signed_over_all_else_that_it_says(tmp_path: Path) -> No
     job(tmp_path)
     write_doubt(Local(tmp_path, key=KEY), DoubtFile(GenerationId(1, 1), 10, 5, {}))
     files = [path for path in tmp_path.rglob("*.json")]
-    assert len(files) == len(RECORDS) + 2
+    assert len(files) == len(RECORDS) + 3
     for path in files:
         record = json.loads(path.read_bytes())
         signature = record.pop("hmac")

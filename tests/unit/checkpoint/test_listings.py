@@ -3,33 +3,45 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import json
 import random
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint.planner import LoadPlan
+from typer.testing import CliRunner
 
 from fakes.disk import Disk
-from fakes.training import loads, plan, state_of, train
-from fakes.watched import Call, watched
+from fakes.training import WORLD, loads, plan, state_of, train
+from fakes.watched import Call, Failing, watched
+from stormjib_checkpoint import commands
+from stormjib_checkpoint.commit import commit_step
+from stormjib_checkpoint.dcp import StormjibReader
 from stormjib_checkpoint.engine import Engine
 from stormjib_checkpoint.errors import (
     CommitError,
+    DamagedCheckpoint,
     GenerationExists,
     MissingCheckpoint,
     NoUsableCheckpoint,
     Superseded,
 )
-from stormjib_checkpoint.history import committed, generations, saves
+from stormjib_checkpoint.hints import hinted
+from stormjib_checkpoint.history import at_newest, committed, generations, saves
 from stormjib_checkpoint.layout import GenerationId
 from stormjib_checkpoint.ledger import audit
 from stormjib_checkpoint.opening import Opening, open_generation, open_next
 from stormjib_checkpoint.retention import Save, delete, retain
 from stormjib_checkpoint.storage import Local
+from stormjib_checkpoint.verify import verify
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from stormjib_checkpoint.format import ResumePoint
 
 
 ROOT = "/team/job"
@@ -227,3 +239,152 @@ def test_a_generation_opened_at_any_moment_of_an_older_ones_retention_keeps_what
         fired = hook.fired
     assert number > 20
     assert lost == 1
+
+
+def newest_loaded(storage: Local) -> int:
+    """An evaluation job: the step that it has loaded, every value of which is right."""
+
+    def use(point: ResumePoint) -> int:
+        loads(storage, point)
+        return point.step
+
+    return at_newest(storage, use)
+
+
+def read_by_dcp(storage: Local) -> int:
+    """The step that DCP's reader takes, all whose small files are proved."""
+    reader = StormjibReader(storage)
+    reader.read_metadata()
+    plan = reader.prepare_local_plan(LoadPlan([]))
+    return int(plan.storage_data.step)
+
+
+def verified(storage: Local) -> int:
+    """The step that `stormjib ckpt verify` has found whole."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(commands, "_storage", lambda *_: storage)
+        done = CliRunner().invoke(commands.app, ["verify", "job", "--json"])
+    found = json.loads(done.output)
+    assert (done.exit_code, found["damage"]) == (0, {})
+    return int(found["step"])
+
+
+@pytest.mark.parametrize("use", [newest_loaded, read_by_dcp, verified])
+def test_a_reader_outside_the_job_starts_over_at_the_newest_step_there_is(
+    use: Callable[[Local], int],
+) -> None:
+    """§7.3: whatever it was reading when the step was deleted, it ends with a whole one."""
+    first, number, fired, reached = three_steps(), 0, True, set()
+    while fired:
+        number += 1
+        disk = Disk(first.tree.copy())
+        hook = AtCall(number, partial(delete, Local(ROOT, disk), Save(30, GenerationId(1, 1))))
+        reached.add(use(Local(ROOT, watched(disk, hook))))
+        fired = hook.fired
+    assert reached == {20, 30}
+
+
+def test_a_step_that_was_named_is_not_changed_for_another() -> None:
+    disk = three_steps()
+    fired = AtCall(12, partial(delete, Local(ROOT, disk), Save(30, GenerationId(1, 1))))
+    with pytest.raises(MissingCheckpoint, match="step 30"):
+        StormjibReader(Local(ROOT, watched(disk, fired)), step=30).read_metadata()
+    assert fired.fired
+
+
+def test_a_proof_of_a_step_that_is_deleted_meanwhile_finds_no_damage() -> None:
+    """§7.3: with the manifest gone it is missing; where only a data file is, it is damaged."""
+    first, number, fired, missing = three_steps(), 0, True, 0
+    while fired:
+        number += 1
+        disk = Disk(first.tree.copy())
+        point = committed(Local(ROOT, disk))[0]
+        hook = AtCall(number, partial(delete, Local(ROOT, disk), Save(30, GenerationId(1, 1))))
+        try:
+            assert {flaw for _, flaw in verify(Local(ROOT, watched(disk, hook)), point)} == {None}
+        except MissingCheckpoint:
+            missing += 1
+        fired = hook.fired
+    assert missing > 10
+    storage = Local(ROOT, first)
+    storage.remove("step-00000030/g1.1", ["rank-00001.safetensors"])
+    with pytest.raises(DamagedCheckpoint, match=r"rank-00001\.safetensors is missing although"):
+        list(verify(storage, point))
+    with pytest.raises(DamagedCheckpoint, match=r"rank-00001\.safetensors"):
+        at_newest(storage, lambda point: loads(storage, point))
+
+
+def test_a_reader_that_misses_the_newest_twice_is_told_so() -> None:
+    """No endless loop where a step is there and what it is used for is not."""
+
+    def never(point: ResumePoint) -> None:
+        raise MissingCheckpoint(f"{point.step} again")
+
+    with pytest.raises(MissingCheckpoint, match="30 again"):
+        at_newest(Local(ROOT, three_steps()), never)
+    with pytest.raises(MissingCheckpoint, match="no step is committed"):
+        at_newest(Local("/empty", Disk()), never)
+
+
+def no_step_listed(call: Call, do: Callable[..., Any]) -> Any:
+    """A hook: no listing shows anything but the generations."""
+    hidden = call.name == "names" and not call.path.endswith("/generations")
+    return [] if hidden else do(*call.arguments)
+
+
+def test_the_newest_steps_are_found_where_no_step_is_listed() -> None:
+    """§3.8"""
+    disk = three_steps()
+    blind = Local(ROOT, watched(disk, no_step_listed))
+    assert list(saves(blind)) == []
+    assert committed(blind) == committed(Local(ROOT, disk))
+    point = open_generation(blind, "1.2", "uid").resume
+    assert point is not None
+    assert point.step == 30
+    assert committed(blind)[0] == point, "what a generation resumed from is known by name, too"
+    train(blind, "1.2", 30, 40)
+    assert [point.step for point in committed(blind)] == [40, 30, 20, 10]
+    assert audit(Local(ROOT, disk)).differences(plan) == [], "each segment begins after the step before"
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        b"",
+        b"\0" * 300,
+        b'{"format":"1.0","generation":"1.1","requires":[],"steps":[-1]}\n',
+        b'{"format":"1.0","generation":"1.2","requires":[],"steps":[30]}\n',
+        b'{"format":"1.0","generation":"1.1","requires":[],"steps":[20,99,5000000000000]}\n',
+    ],
+)
+def test_a_hint_is_never_believed(lie: bytes) -> None:
+    """§3.8: torn, of another generation, of steps that nobody has committed; the next commit writes it anew."""
+    disk = three_steps()
+    storage = Local(ROOT, disk)
+    before = committed(storage)
+    storage.replace("hints/g1.1.json", lie)
+    assert committed(storage) == before
+    train(storage, "1.1", 30, 40)
+    assert hinted(storage, GenerationId(1, 1)) == (10, 20, 30, 40)
+    assert open_generation(storage, "1.2", "uid").resume == committed(storage)[0]
+
+
+def test_a_commit_counts_where_its_hint_cannot_be_written() -> None:
+    disk = three_steps()
+    fault = Failing("rename", "*hints*", errno.ENOSPC)
+    point = train(Local(ROOT, watched(disk, fault)), "1.1", 30, 40)
+    assert fault.fired == 1
+    storage = Local(ROOT, disk)
+    assert committed(storage)[0] == point
+    assert storage.names("hints") == ["g1.1.json"]
+    assert hinted(storage, GenerationId(1, 1)) == (10, 20, 30)
+    assert commit_step(storage, "1.1", WORLD, 40) == point
+    assert hinted(storage, GenerationId(1, 1)) == (10, 20, 30, 40), "whoever repeats it mends it"
+
+
+def test_a_hint_names_no_more_than_the_newest_few() -> None:
+    storage = Local(ROOT, Disk())
+    open_generation(storage, "1.1", "uid")
+    for step in range(1, 20):
+        train(storage, "1.1", step - 1, step)
+    assert hinted(storage, GenerationId(1, 1)) == tuple(range(4, 20))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+from fakes.saving import until_left
 from stormjib_checkpoint import layout
 from stormjib_checkpoint.adopting import adopt
 from stormjib_checkpoint.engine import Engine
@@ -221,6 +222,7 @@ def test_what_retention_has_deleted_does_not_come_back(engine: Engine, places: t
     without._commits = True
     for step in (2, 3, 4):
         saved(without, step)
+    until_left(without.storage, [4, 3])
     without.close()
     assert [point.step for point in committed(Local(places[0]))] == [4, 3]
     assert [one.record.step for one in staged(places[1])] == [1]
