@@ -28,6 +28,8 @@ MARK = re.compile(r'"/stormjib-port/([a-z_/]+)"')
 SYSTEM_CALLS = {
     "sync": "fsync",
     "link": "link(at)?",
+    "rename": "rename(at2?)?",
+    "forget": "fadvise64(_64)?",
     "unlink": "unlink(at)?",
     "rmdir": "rmdir|unlinkat",
     "reserve": "fallocate",

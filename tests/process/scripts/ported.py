@@ -14,6 +14,8 @@ from fakes.watched import watched
 from stormjib_checkpoint.commit import commit_step
 from stormjib_checkpoint.engine import Engine
 from stormjib_checkpoint.files import Posix
+from stormjib_checkpoint.history import committed
+from stormjib_checkpoint.retention import retain
 from stormjib_checkpoint.storage import Local
 from stormjib_checkpoint.verify import verify
 
@@ -45,6 +47,8 @@ for step in range(1, 5):
     engine.async_save(state, step=step, train={"step": step}, samples={step: [step]})
     engine.wait()
 engine.close()
+retain(storage, engine.generation, 2)  # what comes first, proving, the engine may not have had time for
+assert [point.step for point in committed(storage)] == [4, 3]
 commit_step(storage, engine.generation, 1, 4)  # once more, as another committer would
 again = Engine(storage)
 assert again.resume is not None
