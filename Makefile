@@ -62,6 +62,8 @@ bench: setup      ## every benchmark, tables on the terminal
 	$(PY) -m bench.coordinator --quick
 	$(PY) -m bench.isolation --quick
 	$(PY) -m bench.bursts --quick
+	$(PY) -m bench.checkpoint --quick
+	$(PY) -m bench.restore --quick
 	$(PY) -m bench.store_client --quick
 	$(PY) -m bench.copies
 
