@@ -1,6 +1,7 @@
 """What a copy of a staged step in another node's memory costs, and finishing a lost node's step from it: both ends on this machine.
 
-`python -m bench.copies [--gigabytes N]`. Needs three times as much memory as N on /dev/shm, and N on the disk of the working folder.
+`python -m bench.copies [--quick] [--gb 1.0] [--json FILE]`. Needs three times as much memory as that on /dev/shm, and room for it on the disk
+of the working folder. Both processes are as nice as can be, so their times are those of a machine that does nothing else.
 """
 
 from __future__ import annotations
@@ -9,15 +10,17 @@ import argparse
 import json
 import os
 import resource
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
+from rich.console import Console
+
+from bench.table import Row, show, write_json
 from stormjib_checkpoint.adopting import adopt_copies
 from stormjib_checkpoint.format import PIECE_BYTES, DataFile, RankFile, TrainFile
 from stormjib_checkpoint.layout import GenerationId
@@ -28,7 +31,12 @@ from stormjib_checkpoint.pieces import piece_digest
 from stormjib_checkpoint.records import encode
 from stormjib_checkpoint.storage import Local
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 ONE = GenerationId(1, 1)
+ROUNDS = 5
+GB = 1e9
 
 
 class Peer:
@@ -47,9 +55,10 @@ class Peer:
         pipe.write(json.dumps(line).encode() + b"\n")
         pipe.flush()
 
-    def begin(self, to: str, givers: list[int]) -> None:
-        """Give and keep from now on."""
-        self.write({"generation": str(ONE), "slot": self.slot, "to": to, "givers": givers, "processes": 1})
+    def begin(self, to: int, givers: list[int]) -> None:
+        """Give to this port of this machine (0: nobody), and keep, from now on."""
+        where = {"host": "127.0.0.1" if to else "", "port": to}
+        self.write({"generation": str(ONE), "slot": self.slot, **where, "givers": givers, "processes": 1})
 
     def cpu_s(self) -> float:
         """Processor time that it has used."""
@@ -95,6 +104,23 @@ def copied(giver: Peer, keeper: Peer, step: int, limit_s: float = 300.0) -> tupl
     return time.monotonic() - began, giver.cpu_s() + keeper.cpu_s() - cpu
 
 
+def round_of(gigabytes: float) -> Iterator[tuple[str, float, float]]:
+    """What is measured once, with seconds and processor seconds: all in new folders, with new processes."""
+    with ExitStack() as stack:
+        memory = stack.enter_context(tempfile.TemporaryDirectory(prefix="stormjib-bench-", dir="/dev/shm"))
+        root = stack.enter_context(tempfile.TemporaryDirectory(prefix="stormjib-bench-", dir="."))
+        peers = [Peer(Path(memory), slot) for slot in (0, 1)]
+        for peer in peers:
+            stack.callback(peer.close)
+        peers[1].begin(0, [0])
+        peers[0].begin(peers[1].port, [])
+        for step, what in enumerate(("first copy", "copy"), 1):
+            stage(peers[0].memory, step, int(gigabytes * GB))
+            yield what, *copied(peers[0], peers[1], step)
+        peers[0].close()
+        yield "finish", *finished(peers[1].copies, Path(root) / "job")
+
+
 def finished(copies: Path, root: Path) -> tuple[float, float]:
     """Seconds until a lost node's step is on the disk, and the processor seconds for it."""
     storage = Local(str(root))
@@ -111,29 +137,25 @@ def _own_cpu_s() -> float:
 
 
 def main() -> None:
-    """Print both, per gigabyte."""
+    """Run the bench."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--gigabytes", type=float, default=1.0)
-    gigabytes = parser.parse_args().gigabytes
-    with ExitStack() as stack:
-        folder = Path(
-            stack.enter_context(tempfile.TemporaryDirectory(prefix="stormjib-bench-", dir="/dev/shm"))
-        )
-        root = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="stormjib-bench-", dir=".")))
-        peers = [Peer(folder, slot) for slot in (0, 1)]
-        for peer in peers:
-            stack.callback(peer.close)
-        peers[1].begin("", [0])
-        peers[0].begin(f"127.0.0.1:{peers[1].port}", [])
-        rows = []
-        for step, what in enumerate(("first copy", "copy"), 1):
-            stage(peers[0].memory, step, int(gigabytes * 1e9))
-            rows.append((what, *copied(peers[0], peers[1], step)))
-        peers[0].close()
-        rows.append(("finish", *finished(peers[1].copies, root / "job")))
-        for what, seconds, cpu_s in rows:
-            print(f"{what:10} {seconds / gigabytes:6.2f} s/GB  {cpu_s / gigabytes:5.2f} CPU-s/GB")
-        shutil.rmtree(root, ignore_errors=True)
+    parser.add_argument("--quick", action="store_true", help="a fifth of a gigabyte, once")
+    parser.add_argument("--gb", type=float, default=1.0)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    gigabytes = 0.2 if options.quick else options.gb
+    found: dict[str, list[tuple[float, float]]] = {}
+    for _ in range(1 if options.quick else ROUNDS):
+        for what, seconds, cpu_s in round_of(gigabytes):
+            found.setdefault(what, []).append((seconds / gigabytes, cpu_s / gigabytes))
+    rows: list[Row] = []
+    for what, values in found.items():
+        case = f"{gigabytes:g} GB, {what}"
+        rows.append(Row.of("time", case, "stormjib", [seconds for seconds, _ in values], "s/GB"))
+        rows.append(Row.of("CPU", case, "stormjib", [cpu_s for _, cpu_s in values], "s/GB"))
+    Console().print(show(rows))
+    if options.json:
+        write_json(options.json, rows, [])
 
 
 if __name__ == "__main__":

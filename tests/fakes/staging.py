@@ -73,3 +73,12 @@ def until(what: Callable[[], object], limit_s: float = SOON_S) -> None:
     while not what():
         assert time.monotonic() < deadline
         time.sleep(0.002)
+
+
+def flip(path: Path, at: int) -> None:
+    """One bit of a file."""
+    with open(path, "r+b") as file:
+        file.seek(at)
+        byte = file.read(1)[0]
+        file.seek(at)
+        file.write(bytes([byte ^ 1]))

@@ -12,11 +12,12 @@ import pytest
 
 from fakes.agents import SCRIPTS, AgentProcess, until
 from fakes.coordinator import TOKEN, Process
-from fakes.runtime import JOB
+from fakes.runtime import JOB, bounds
+from fakes.staging import flip
 from stormjib_checkpoint import layout
 from stormjib_checkpoint.node_memory import staged
 from stormjib_checkpoint.peers.lock import giver_lives
-from stormjib_runtime.wire import Bounds, GenerationId
+from stormjib_runtime.wire import GenerationId
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -24,16 +25,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.timeout(240)
 START_S = 90.0
 """Three times torch on a machine that others use too."""
-BOUNDS = Bounds(
-    version=1,
-    incarnation=1,
-    spec_generation=1,
-    replicas=2,
-    min_replicas=2,
-    processes=1,
-    slots={str(slot): f"pod-{slot}" for slot in range(3)},
-    restarts_left=10,
-)
+BOUNDS = bounds(2, 2, spares=1, processes=1, restarts_left=10)
 
 
 class Job:
@@ -161,11 +153,3 @@ def copying(agent: AgentProcess) -> int:
     """Its process that gives and keeps copies."""
     words = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in agent.below()}
     return next(pid for pid, line in words.items() if b"stormjib_checkpoint.peers" in line)
-
-
-def flip(path: Path, at: int) -> None:
-    with open(path, "r+b") as file:
-        file.seek(at)
-        byte = file.read(1)[0]
-        file.seek(at)
-        file.write(bytes([byte ^ 1]))

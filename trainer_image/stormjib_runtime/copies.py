@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stormjib_health.confirm.transfer import AddressError, parse_address
 from stormjib_runtime.checkpoint_child import start_with_lines, with_library
 from stormjib_runtime.environment import join_address
 from stormjib_runtime.output import LastLines
@@ -111,15 +112,28 @@ class Copies:
         """Copies are given and kept as in this generation from now on."""
         self.copied = -1
         mine, pairs = self._settings.slot, keepers(generation)
-        keeper = pairs.get(mine)
+        host, port = self._address_of(pairs.get(mine))
         self._wanted = {
             "generation": str(generation.id),
             "slot": mine,
-            "to": "" if keeper is None else keeper.copies,
+            "host": host,
+            "port": port,
             "givers": [slot for slot, member in pairs.items() if member.slot == mine],
             "processes": self._settings.processes,
         }
         self._write(self._wanted)
+
+    def _address_of(self, keeper: Member | None) -> tuple[str, int]:
+        """Its IP address and port; an empty one where there is nobody to give to. The address is its own word."""
+        if keeper is None:
+            return "", 0
+        try:
+            return parse_address(keeper.copies)
+        except AddressError as error:
+            self._event(
+                f"CopiesFailed: slot {keeper.slot} keeps no copies of slot {self._settings.slot}: {error}"
+            )
+            return "", 0
 
     def close(self) -> None:
         """End it."""

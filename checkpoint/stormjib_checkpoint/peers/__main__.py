@@ -1,12 +1,12 @@
 """The process of an agent that gives and keeps copies: `python -m stormjib_checkpoint.peers MEMORY COPIES`, JSON lines in.
 
     {"token":"...","port":0}                                      once; the answer is {"port":41234}, where it listens
-    {"generation":"1.3","slot":0,"to":"10.0.0.2:41234","givers":[2],"processes":8}
+    {"generation":"1.3","slot":0,"host":"10.0.0.2","port":41234,"givers":[2],"processes":8}
                                                                   from now on, instead of what was said before;
                                                                   {"generation":"1.3","copied":120} for each part of a step
                                                                   that is whole there
 
-`to` may be empty: nothing is given. Ends when its input ends. Without torch.
+`host` is an IP address; where it is empty, nothing is given. Ends when its input ends. Without torch.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ class Copying:
 
     generation: GenerationId
     slot: int
-    to: str
+    host: str
+    port: int
     givers: tuple[int, ...]
     processes: int
 
@@ -72,8 +73,16 @@ def serve(memory: Path, copies: Path, lines: IO[bytes], answers: IO[bytes]) -> N
         keeper.expect(Expected(asked.generation, asked.givers, asked.processes))
         hello = Hello(asked.generation, asked.slot)
         giver = (
-            Giver(asked.to, listen.token, hello, memory, key, _say, partial(told, asked.generation))
-            if asked.to
+            Giver(
+                (asked.host, asked.port),
+                listen.token,
+                hello,
+                memory,
+                key,
+                _say,
+                partial(told, asked.generation),
+            )
+            if asked.host
             else None
         )
     if giver is not None:

@@ -7,7 +7,6 @@ here is either there, or with the keeper, or on its way.
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import socket
 import threading
 import time
@@ -38,7 +37,7 @@ class Giver:
 
     def __init__(
         self,
-        address: str,
+        address: tuple[str, int],
         token: str,
         hello: Hello,
         memory: Path,
@@ -46,8 +45,9 @@ class Giver:
         say: Callable[[str], None],
         told: Callable[[int], None],
     ) -> None:
-        """To the keeper at `address` (`host:port`). `told` gets the step of each part that is whole there. What keeps it from giving for long is said."""
+        """To the keeper at `address`. `told` gets the step of each part that is whole there. What keeps it from giving for long is said."""
         self._address, self._token, self._hello = address, token, hello
+        self._named = f"{address[0]} port {address[1]}"
         self._memory, self._key, self._say, self._told = memory, key, say, told
         self._failing_since, self._said = 0.0, ""
         self._stop = threading.Event()
@@ -67,10 +67,10 @@ class Giver:
     def _run(self) -> None:
         while not self._stop.is_set():
             try:
-                with socket.create_connection(split(self._address), frames.GREET_S) as self._connection:
+                with socket.create_connection(self._address, frames.GREET_S) as self._connection:
                     self._give(self._connection)
             except (OSError, CheckpointError) as error:
-                self._failed(f"no copies go to {self._address}: {error}")
+                self._failed(f"no copies go to {self._named}: {error}")
             self._stop.wait(RETRY_S)
 
     def _failed(self, text: str) -> None:
@@ -115,7 +115,7 @@ class Giver:
             frames.send(connection, Kind.TRAIN, one.records.train)
         reply = frames.send(connection, Kind.RECORD, one.records.rank)
         if reply is Reply.FULL:
-            self._say(f"{self._address} has no memory for step {one.record.step} of rank {one.record.rank}")
+            self._say(f"{self._named} has no memory for step {one.record.step} of rank {one.record.rank}")
         if reply is Reply.HELD or (reply is Reply.OK and _pieces(connection, one)):
             self._told(one.record.step)
 
@@ -137,16 +137,3 @@ def _pieces(connection: socket.socket, one: Staged) -> bool:
 
 def _place(slot: Slot) -> Place:
     return Place(int(slot.folder.parent.name), int(slot.folder.name))
-
-
-def split(address: str) -> tuple[str, int]:
-    """`1.2.3.4:5` or `[::1]:5` as (host, port). Raises PeerRefused: a name would have to be looked up."""
-    host, _, port = address.rpartition(":")
-    host = host.removeprefix("[").removesuffix("]")
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        host = ""
-    if not host or not (port.isascii() and port.isdecimal() and 0 < int(port[:6]) < 65536):
-        raise PeerRefused(f"{address[:80]!r} is not an IP address and a port, such as 10.0.0.7:4711")
-    return host, int(port)

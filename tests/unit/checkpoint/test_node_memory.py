@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from fakes.saving import until_left
+from fakes.staging import flip
 from stormjib_checkpoint import layout
 from stormjib_checkpoint.adopting import adopt
 from stormjib_checkpoint.engine import Engine
@@ -185,14 +186,6 @@ def test_what_is_no_longer_what_was_staged_is_told_and_left_alone(
         f"rank 0 of step 2 is lost with its rank: bytes {2 * PIECE} to {3 * PIECE} in memory are not those that were staged",
     )
     assert resumed(places[0]) == 1
-
-
-def flip(path: Path, at: int) -> None:
-    with open(path, "r+b") as file:
-        file.seek(at)
-        byte = file.read(1)[0]
-        file.seek(at)
-        file.write(bytes([byte ^ 1]))
 
 
 def test_another_file_of_that_name_is_never_taken_for_ours(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
 from fakes.runtime import FakeAgent, World, bounds
-from stormjib_runtime.copies import copying_token, keepers
+from stormjib_runtime.copies import Copies, copying_token, keepers
 from stormjib_runtime.members import ADDRESS_CHARS
 from stormjib_runtime.wire import Cause, Generation, GenerationId, Member
 
@@ -76,3 +79,23 @@ def test_a_generation_tells_where_its_members_take_copies() -> None:
 def test_the_token_of_the_agents_is_not_that_of_the_copies() -> None:
     assert copying_token("secret") != copying_token("another")
     assert "secret" not in copying_token("secret")
+
+
+@pytest.mark.parametrize("address", ["host:80", "1.2.3.4", "1.2.3.4:0", "1.2.3.4:99999", "[fe80::1%eth0]:1"])
+def test_a_keeper_is_an_ip_address_and_a_port_or_nothing_is_given(address: str) -> None:
+    """The address is what a pod of the job has said."""
+    events: list[str] = []
+    settings: Any = SimpleNamespace(slot=10, processes=8)
+    none: Any = None
+    copies = Copies(none, settings, {}, none, events.append)
+    members = (
+        Member(10, 1, "pod-0", "10.0.0.1", 8, "10.0.0.1:1", "a"),
+        Member(11, 1, "pod-1", "10.0.0.2", 8, address, "b"),
+    )
+    copies.begin(Generation(GenerationId(1, 1), None, members, Cause.START))
+    assert (copies._wanted["host"], copies._wanted["port"]) == ("", 0)
+    assert [event.partition(":")[0] for event in events] == ["CopiesFailed"]
+    assert "slot 11 keeps no copies of slot 10" in events[0]
+    copies.begin(generation("a", "b"))
+    assert (copies._wanted["host"], copies._wanted["port"]) == ("10.0.0.1", 1)
+    assert len(events) == 1
