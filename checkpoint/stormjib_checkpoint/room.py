@@ -73,7 +73,7 @@ def mapped(file: Path, size: int) -> mmap.mmap:
         os.unlink(file)
         raise ArenaTooLarge(
             f"staging a rank's {size} bytes in {file}: {os.strerror(error.errno or 0)}; enlarge the memory-backed volume "
-            "there (a pod's /dev/shm has the container's memory limit, or 1 GiB a rank where it has none)"
+            "there (a pod's /dev/shm has the container's memory limit, or where it has none 1 GiB a rank, 2 with copies for a peer)"
         ) from error
     finally:
         os.close(descriptor)
