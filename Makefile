@@ -35,8 +35,9 @@ test-process: setup ## real processes, torch over Gloo
 	$(BIN)/pytest -n 2 --dist loadfile tests/process
 
 test-cluster: setup ## a real Kubernetes cluster on this machine (root)
-	# Two files at a time, each on a cluster of its own.
-	$(BIN)/pytest -n 2 --dist loadfile tests/cluster
+	# Two files at a time, each on a cluster of its own; then those that a second cluster would make late.
+	$(BIN)/pytest -n 2 --dist loadfile -m "not alone" tests/cluster
+	$(BIN)/pytest -m alone tests/cluster
 
 check: setup      ## ruff, mypy strict, import contracts
 	$(BIN)/ruff check $(SOURCES)

@@ -52,6 +52,15 @@ def decisions(scene: Scene) -> list[str]:
     return [x.text for x in sorted(scene.follower.lines, key=lambda x: x.at) if _is_decision(x.text)]
 
 
+def story(scene: Scene) -> str:
+    """Decisions and starts of ranks, a line each with its seconds since the first: what a test says that has waited too long."""
+    told = sorted(
+        (x for x in scene.follower.lines if _is_decision(x.text) or '"event": "start"' in x.text),
+        key=lambda x: x.at,
+    )
+    return "\n".join(f"{x.at - told[0].at:.2f} {x.pod}: {x.text[:160]}" for x in told)
+
+
 def _is_decision(text: str) -> bool:
     return text.startswith("generation ") and ": " in text
 

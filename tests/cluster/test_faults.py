@@ -10,7 +10,7 @@ import time
 from typing import TYPE_CHECKING
 
 import pytest
-from cluster.jobs import cause_of, decisions, endless, start
+from cluster.jobs import cause_of, endless, start, story
 
 from bench import faults, samples
 from bench.stage import SYSTEM, Stage, kill_rank, wait_until
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
     from bench.faults import Scene
 
-# The suite runs on busy machines: three times the bound that the benchmark holds.
+# CI's machines are slow and shared: three times the bound that the benchmark holds.
 SLACK = 3.0
 INTERVAL = 10
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = [pytest.mark.alone, pytest.mark.timeout(240)]
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def scene(quiet_stage: Stage) -> Iterator[Scene]:
 
 def test_a_killed_rank_costs_seconds_and_is_counted(scene: Scene) -> None:
     record = faults.rank_kill(scene)
-    assert record.stepping_again_s <= 1.5 * SLACK, decisions(scene)
+    assert record.stepping_again_s <= 1.5 * SLACK, story(scene)
     assert record.lost_steps <= INTERVAL + 1
     assert cause_of(scene, record.generation) == "RankExit"
     wait_until(lambda: restarts(scene)["counted"] >= 1, 20, "the restart in the status")
@@ -49,7 +49,7 @@ def test_a_killed_rank_costs_seconds_and_is_counted(scene: Scene) -> None:
 
 def test_a_frozen_rank_is_found_and_replaced(scene: Scene) -> None:
     record = faults.rank_freeze(scene)
-    assert record.stepping_again_s <= 4 * SLACK, decisions(scene)
+    assert record.stepping_again_s <= 4 * SLACK, story(scene)
     assert record.lost_steps <= INTERVAL + 1
     assert cause_of(scene, record.generation) == "RankHang"
     faults.settle(scene)
@@ -62,7 +62,7 @@ def test_a_killed_operator_stops_nothing_and_a_rank_killed_meanwhile_is_recovere
     try:
         wait_until(lambda: not scene.stage.operator_pods(), 30, "the operator to be gone")
         killed = faults.rank_kill(scene)
-        assert killed.stepping_again_s <= 1.5 * SLACK, decisions(scene)
+        assert killed.stepping_again_s <= 1.5 * SLACK, story(scene)
     finally:
         scene.stage.kubectl("scale", "deployment", "stormjib", "-n", SYSTEM, "--replicas=1")
         wait_until(scene.stage.operator_pods, 60, "the operator to be back")
@@ -101,7 +101,7 @@ def test_a_cut_coordinator_costs_no_step(scene: Scene) -> None:
 
 def test_a_cut_node_is_replaced_by_the_spare(scene: Scene) -> None:
     record = faults.node_cut(scene)
-    assert record.stepping_again_s <= 6 * SLACK, decisions(scene)
+    assert record.stepping_again_s <= 6 * SLACK, story(scene)
     assert record.lost_steps <= INTERVAL + 1
     assert cause_of(scene, record.generation) == "AgentSilent"
     faults.settle(scene)

@@ -49,6 +49,7 @@ PRELOAD = (
     "torch._dynamo",  # else the first optimizer step imports it: a second
     "torch.utils._sympy.reference",  # likewise the first backward of FSDP2
     "stormjib_health.probe.install",
+    "stormjib_checkpoint.engine",
 )
 _CUDA_ERROR_NOT_INITIALIZED = 3
 

@@ -33,6 +33,8 @@ def on_device(tensor: torch.Tensor) -> bool:
 
 def marks(tensors: Sequence[torch.Tensor]) -> Marks:
     """Where the current stream of each device stands now; empty where all lies on the host."""
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return {}
     devices = {tensor.device for tensor in filter(on_device, tensors)}
     return {device: _marked(torch.cuda.current_stream(device)) for device in devices}
 

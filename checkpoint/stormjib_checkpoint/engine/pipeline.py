@@ -101,12 +101,18 @@ class Pipeline:
     def begin(self, save: Save, taken: Taken, older: Save | None) -> None:
         """Shut the gate and let it go. `older` is the save before: steps are staged, and committed, in order."""
         handover, staged = Handover(), Future[DataFile]()
-        staging = self._staging(save, taken, handover, staged)
-        told = self._tell.put(Job(lambda: _told(taken, staged, self._storage.key))).future
-        self._gate.shut(staging, save.figures)
-        self._flush.put(
-            Job(lambda: self._to_storage(save, taken, older, handover, told), save.upload_completion)
+        tell = Job(lambda: _told(taken, staged, self._storage.key))
+        store = Job(
+            lambda: self._to_storage(save, taken, older, handover, tell.future), save.upload_completion
         )
+
+        # Whoever copies wakes the others: in the call each would cost more than a look at a hundred tensors.
+        def wake() -> None:
+            self._flush.put(store)
+            self._tell.put(tell)
+
+        staging = self._staging(save, taken, handover, staged, wake)
+        self._gate.shut(staging, save.figures)
         (self._fetchers if taken.marks else self._stage).put(staging.job)
 
     def close(self) -> None:
@@ -115,14 +121,21 @@ class Pipeline:
             workers.close()
 
     def _staging(
-        self, save: Save, taken: Taken, handover: Handover, staged: Future[DataFile]
+        self,
+        save: Save,
+        taken: Taken,
+        handover: Handover,
+        staged: Future[DataFile],
+        wake: Callable[[], None],
     ) -> Staging | DeviceStaging:
         def to_memory(
             copy: Callable[[Save, Taken, Handover, Future[T]], DataFile],
         ) -> Callable[[Future[T]], None]:
-            return lambda begun: self._to_memory(
-                save, handover, begun, staged, partial(copy, save, taken, handover, begun)
-            )
+            def work(begun: Future[T]) -> None:
+                wake()
+                self._to_memory(save, handover, begun, staged, partial(copy, save, taken, handover, begun))
+
+            return work
 
         if taken.marks:
             return DeviceStaging(to_memory(self._fetch), save.staging_completion)
