@@ -1,6 +1,6 @@
 """What a save costs training, beside other savers on the same machine in the same minutes.
 
-`python -m bench.checkpoint [--quick] [--gb 1.1] [--forward-ms 500] [--cores spare|none|both] [--only NAME,...] [--folder DIR] [--json FILE]`.
+`python -m bench.checkpoint [--quick] [--gb 1.1] [--wide 768] [--forward-ms 500] [--cores spare|none|both] [--only NAME,...] [--folder DIR] [--json FILE]`.
 It wants a machine that does nothing else, and a folder on the disk in question.
 
 The loop is a forward that leaves the state alone and an optimizer that adds one to every number of it. *Lost* is the time of the steps from
@@ -100,10 +100,10 @@ class Loop:
         return waited
 
 
-def llama(gigabytes: float) -> State:
+def llama(gigabytes: float, wide: int = 768) -> State:
     """Names and shapes of a small Llama with Adam's moments, as many layers as make so many gigabytes; whole numbers in fp32."""
     draw = torch.Generator().manual_seed(0)
-    wide, inner, words = 768, 2048, max(1000, min(32_000, int(gigabytes * 29_000)))
+    inner, words = wide * 8 // 3, max(1000, min(32_000, int(gigabytes * 29_000)))
     layer = (
         {f"w{n}": (wide, wide) for n in "qkvo"}
         | {f"ffn{n}": (inner, wide) for n in "123"}
@@ -345,6 +345,9 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true", help="a tenth of a gigabyte, two pairs, three savers")
     parser.add_argument("--gb", type=float, default=1.1)
+    parser.add_argument(
+        "--wide", type=int, default=768, help="of the model: 284 makes 2,444 tensors of 1.1 GB"
+    )
     parser.add_argument("--forward-ms", type=float, default=500)
     parser.add_argument("--cores", choices=["spare", "none", "both"], default="both")
     parser.add_argument("--only", default="", help="names of savers, with commas between")
@@ -364,14 +367,14 @@ def main() -> None:
 
 def run(folder: Path, options: argparse.Namespace, only: Sequence[str], pairs: int) -> list[Row]:
     """The disk, then each case."""
-    state = llama(options.gb)
+    state = llama(options.gb, options.wide)
     gigabytes = size(state) / GB
     found = disk(folder, min(gigabytes, 1.1), 2 if options.quick else 5)
     for cores in ("spare", "none") if options.cores == "both" else (options.cores,):
         torch.set_num_threads((os.cpu_count() or 2) - (cores == "spare"))
         inner = folder / cores
         inner.mkdir()
-        case = f"{gigabytes:.2f} GB, {options.forward_ms:g} ms, {cores}"
+        case = f"{gigabytes:.2f} GB in {len(state):,} tensors, {options.forward_ms:g} ms, {cores}"
         found += rows(case, measured(inner, state, options.forward_ms, only, pairs), gigabytes)
         shutil.rmtree(inner)
     return found

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import mmap
 import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, NamedTuple
 
 from stormjib_checkpoint import layout
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
     from stormjib_checkpoint.format import DataFile, RankFile
     from stormjib_checkpoint.layout import GenerationId
     from stormjib_checkpoint.node_memory import Staged
-    from stormjib_checkpoint.storage import Storage
+    from stormjib_checkpoint.storage import NewFile, Storage
 
 _PAGE = 4096
 GIVER_S = 5.0
@@ -135,17 +137,34 @@ def _leave(storage: Storage, one: Staged) -> None:
 
 
 def _write(storage: Storage, path: str, one: Staged) -> None:
+    """As the ranks would have: by as many threads as keep the storage busy, which take turns through the pieces."""
     data = one.record.data
     with (
         open(one.slot.data, "rb") as file,
         mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as held,
         memoryview(held) as view,
         storage.new(path, data.bytes) as new,
+        ThreadPoolExecutor(storage.writers, "stormjib-adopt") as pool,
     ):
-        for number in range(len(data.pieces)):
-            start = number * data.piece_bytes
+        numbers = deque(range(len(data.pieces)))
+        for done in [pool.submit(_write_some, new, view, numbers, data) for _ in range(storage.writers)]:
+            done.result()
+
+
+def _write_some(new: NewFile, view: memoryview, numbers: deque[int], data: DataFile) -> None:
+    """Pieces until none is left; none that another thread's failure makes useless."""
+    while True:
+        try:
+            number = numbers.popleft()
+        except IndexError:
+            return
+        start = number * data.piece_bytes
+        try:
             with _proved(view, start, number, data) as piece:
                 new.write(start, piece)
+        except BaseException:
+            numbers.clear()
+            raise
 
 
 def _proved(view: memoryview, start: int, number: int, data: DataFile) -> memoryview:

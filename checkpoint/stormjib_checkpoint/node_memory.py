@@ -4,7 +4,8 @@
                                record.json  its record: there only while the data is whole
                                train.json   rank 0's
 
-Two slots per rank, used in turn, and each only when its step is on the storage: so whatever a rank has staged is either here or there.
+Two slots per rank. A step on its way to the storage keeps its slot until it is there. One that is only staged makes room for the next, if
+all ranks have staged it. So of every rank the newest step that all have is here or there, whole, at any moment.
 That a record is there proves nothing. Whoever uses a slot compares its pieces with the hashes in it.
 """
 

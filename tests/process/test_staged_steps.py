@@ -98,6 +98,29 @@ async def test_a_trainer_goes_on_from_what_all_its_ranks_had_staged(runs: list[R
     assert not memory.exists()
 
 
+async def test_a_trainer_loses_only_a_few_steps_where_it_hardly_ever_saves(
+    runs: list[Run], tmp_path: Path
+) -> None:
+    """Between saves it stages: as often as it costs next to nothing, and no further than the node's memory."""
+    root, config = tmp_path / "root", tmp_path / "tiny.toml"
+    config.write_text(TINY.format(steps=10_000))
+    env = {"STORMJIB_CHECKPOINT_ROOT": str(root), "STORMJIB_CHECKPOINT_INTERVAL": "9000"}
+    run = Run(tmp_path, "--nproc-per-node=2", "-m", "stormjib_trainer", "--config", str(config), **env)
+    runs.append(run)
+    await until(lambda: '"step":2,' in run.out, 60)
+    pids = [stat.pid for stat in descendants(run.process.pid) if comm(stat.pid) in ("rank0", "rank1")]
+    memory = memory_of(pids[0])
+    await until(lambda: max((one.record.step for one in staged(memory)), default=0) > 20, 60)
+    step = caught(pids, memory, root)
+    assert step > 2
+    assert not list(root.glob("step-*"))
+    os.kill(pids[1], signal.SIGKILL)
+    await until(lambda: "Run 1.2 (RankExit)" in run.err, 30)
+    assert f"Run 1.2 (RankExit): 2 ranks, resumes from step {step}\n" in run.err
+    run.process.send_signal(signal.SIGTERM)
+    assert await run.exit() == 128 + signal.SIGTERM
+
+
 def caught(pids: list[int], memory: Path, root: Path, limit_s: float = 30.0) -> int:
     """Stop the ranks at a moment when the newest step that both have staged is not written by both. That step."""
     deadline = time.monotonic() + limit_s

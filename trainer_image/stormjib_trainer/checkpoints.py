@@ -56,7 +56,7 @@ class Checkpoints:
         """What it costs says little of the next one: it makes the plan."""
         self._costs_s: deque[float] = deque(maxlen=RECENT - 1)
         self._untold: Fed = {}
-        """What was fed in steps whose saves have failed: the next one tells it."""
+        """What was fed in steps that are not on their way to the storage, or were in vain: the next one that is tells it."""
 
     @property
     def generation(self) -> str:
@@ -73,14 +73,20 @@ class Checkpoints:
 
     def ready(self) -> bool:
         """Whether this rank would save now where nobody has said when."""
-        if self._env.checkpoint_interval != AUTO or not self._under_way:
+        if self._env.checkpoint_interval != AUTO:
             return True
-        if not all(save.upload_completion.done() for save, _ in self._under_way):
-            return False
+        return all(save.upload_completion.done() for save, _ in self._under_way) and self._may_cost()
+
+    def can_stage(self) -> bool:
+        """Whether this rank would stage a step now that is not saved."""
+        return self._engine is not None and self._engine.can_stage and self._may_cost()
+
+    def _may_cost(self) -> bool:
+        """Whether what a save costs is as little as it may be of the time since the last one."""
+        if not self._under_way or self._under_way[-1][0] is self._first:
+            return True
         last, _ = self._under_way[-1]
-        if last is self._first:
-            return True
-        costs_s = [*self._costs_s, last.figures.call_s + last.figures.waited_s]
+        costs_s = [*self._costs_s, _cost_s(last)]
         wanted_s = seconds_between(fmean(costs_s), self._env.world, self.trained_s, self.lives - 1)
         return last.age_s() >= wanted_s
 
@@ -114,17 +120,15 @@ class Checkpoints:
         """Begin to save this rank's part of a step. Under an agent its child commits it, else rank 0 does."""
         if self._engine is None:
             return False
-        self._settle()
-        samples = dict(self._untold)
-        for _, told in self._under_way:
-            samples |= told
-        samples |= fed
-        save = self._begin(self._engine, step, state, train, samples)
-        self._first = self._first or save
-        self._count(self._engine)
+        save = self._begin(self._engine, step, state, train, fed)
         save.upload_completion.add_done_callback(partial(self._ended, self._engine, step))
-        self._under_way.append((save, samples))
         return True
+
+    def stage(self, step: int, state: dict[str, Value], train: Mapping[str, Any], fed: Fed) -> None:
+        """Have this rank's part of a step in the node's memory, and no further. For when all ranks can."""
+        if self._engine is not None:
+            self._begin(self._engine, step, state, train, fed, to_storage=False)
+            self._untold |= fed
 
     def finish(self) -> None:
         """Until every save has reached the storage, or failed."""
@@ -133,12 +137,31 @@ class Checkpoints:
         self._settle()
 
     def _begin(
-        self, engine: Engine, step: int, state: dict[str, Value], train: Mapping[str, Any], samples: Fed
+        self,
+        engine: Engine,
+        step: int,
+        state: dict[str, Value],
+        train: Mapping[str, Any],
+        fed: Fed,
+        *,
+        to_storage: bool = True,
     ) -> Save:
+        self._settle()
+        samples = dict(self._untold)
+        for _, told in self._under_way:
+            samples |= told
+        samples |= fed
+        begin = partial(
+            engine.async_save, state, step=step, train=train, samples=samples, to_storage=to_storage
+        )
         try:
-            return engine.async_save(state, step=step, train=train, samples=samples)
+            save = begin()
         except TornCopy:  # an older step, of which `_settle` tells: this one is saved all the same
-            return engine.async_save(state, step=step, train=train, samples=samples)
+            save = begin()
+        self._first = self._first or save
+        self._count(engine)
+        self._under_way.append((save, samples))
+        return save
 
     def _ended(self, engine: Engine, step: int, how: Future[None]) -> None:
         """In a thread of the engine: the agent has it committed at once, however long the step in progress takes."""
@@ -169,7 +192,9 @@ class Checkpoints:
             if not save.upload_completion.done():
                 continue
             error = save.upload_completion.exception()
-            if error is None:
+            if error is None and not save.to_storage:
+                self._note_cost(save)
+            elif error is None:
                 self._untold = {step: ids for step, ids in self._untold.items() if step not in fed}
                 self._tell(save)
             else:
@@ -181,8 +206,7 @@ class Checkpoints:
 
     def _tell(self, save: Save) -> None:
         figures = save.figures
-        if save is not self._first:
-            self._costs_s.append(figures.call_s + figures.waited_s)
+        self._note_cost(save)
         times = {
             "call_ms": figures.call_s,
             "wait_ms": figures.waited_s,
@@ -190,6 +214,10 @@ class Checkpoints:
             "durable_ms": figures.durable_s,
         }
         self._report.event("saved", step=save.step, **{key: round(s * 1e3, 2) for key, s in times.items()})
+
+    def _note_cost(self, save: Save) -> None:
+        if save is not self._first:
+            self._costs_s.append(_cost_s(save))
 
     def doubt(self, step: int, trusted: int, numbers: dict[str, Any]) -> None:
         """Leave on the storage that nothing after step `trusted` may be resumed from. Rank 0 does it."""
@@ -214,6 +242,11 @@ class Checkpoints:
             self._report.event("unreadable", why=str(error))
             return ""
         return encode(found).decode() if found else ""
+
+
+def _cost_s(save: Save) -> float:
+    """That training stood still for it."""
+    return save.figures.call_s + save.figures.waited_s
 
 
 def _engine(env: Environment) -> Engine | None:

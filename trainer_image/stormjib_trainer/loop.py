@@ -113,6 +113,8 @@ class Run:
                 or self.checkpoints.due(self.done, hold=agreed.hold)
             ):
                 self.save()
+            elif not agreed.busy:
+                self.stage()
             if agreed.stop and self.done < last:
                 self.checkpoints.finish()
                 self.report.event("stopped", step=self.done)
@@ -154,6 +156,7 @@ class Run:
             "stop": self.control.stop(step),
             "save": self.control.save(step),
             "hold": not self.checkpoints.ready(),
+            "busy": not self.checkpoints.can_stage(),
         }
         told = self.watch.told(step, again=again)
         agreed = agree(loss, gradients, replicas=self.replicas, told=told, **wishes)
@@ -184,6 +187,12 @@ class Run:
         if self.checkpoints.save(self.done, self.state, self.train_record(), self.fed):
             self.fed = {}
             self.control.saving(self.done)
+
+    def stage(self) -> None:
+        """Leave this rank's part of the state in the node's memory, for the case that a rank dies before the next save."""
+        self.control.phase(RankPhase.CHECKPOINT)
+        self.checkpoints.stage(self.done, self.state, self.train_record(), self.fed)
+        self.fed = {}
 
     def validate(self, event: str) -> None:
         """Loss on text that is never trained on."""

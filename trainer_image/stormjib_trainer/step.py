@@ -32,6 +32,8 @@ class Agreed:
     """Some rank was asked to save."""
     hold: bool
     """Some rank is not ready to save yet."""
+    busy: bool = False
+    """Some rank has no room to stage a step that is not saved."""
     told: tuple[float, ...] = ()
     """What the ranks wanted to tell each other beside, summed."""
 
@@ -77,21 +79,22 @@ def agree(
     stop: bool,
     save: bool,
     hold: bool,
+    busy: bool = True,
     replicas: int = 1,
     told: Tensor | None = None,
 ) -> Agreed:
-    """One collective for all that the ranks must agree on: loss, gradient norm, wishes to stop, to save and not to save yet, and `told`.
+    """One collective for all that the ranks must agree on: loss, gradient norm, wishes to stop, to save, not to save yet and not even to stage, and `told`.
 
     Each shard of the gradient is on `replicas` ranks, and so counted as often.
     """
     norms = torch.stack(torch._foreach_norm(grads)).double()
     own = torch.stack((loss, norms.dot(norms)))
-    flags = torch.tensor((stop, save, hold), dtype=torch.float64, device=loss.device)
+    flags = torch.tensor((stop, save, hold, busy), dtype=torch.float64, device=loss.device)
     whole = torch.cat((own, flags) if told is None else (own, flags, told))
     dist.all_reduce(whole)
-    mean, squares, stops, saves, holds, *rest = whole.tolist()
+    mean, squares, stops, saves, holds, busies, *rest = whole.tolist()
     norm = (squares / replicas) ** 0.5
-    return Agreed(mean, norm, stops > 0, saves > 0, holds > 0, tuple(rest))
+    return Agreed(mean, norm, stops > 0, saves > 0, holds > 0, busies > 0, tuple(rest))
 
 
 def clip(grads: list[Tensor], norm: float, most: float) -> None:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.distributed.checkpoint.staging import AsyncStager
 
-from stormjib_checkpoint.engine.gate import Gate
+from stormjib_checkpoint.engine.gate import Gate, Staging
 from stormjib_checkpoint.engine.saving import Figures
 from stormjib_checkpoint.engine.torn import versions
 from stormjib_checkpoint.engine.workers import Job, Workers
@@ -55,7 +55,7 @@ class GatedStager(AsyncStager):
         on_cuda = any(tensor.is_cuda for tensor in later.values())
         ready = torch.cuda.current_stream().record_event().synchronize if on_cuda else None
         staged: Future[State] = Future()
-        copying = _Copying(Job(lambda: _settle(staged, lambda: _rest(taken, later, before, ready))))
+        copying = Staging(Job(lambda: _settle(staged, lambda: _rest(taken, later, before, ready))))
         self._gate.shut(copying, Figures())
         self._copying.put(copying.job)
         return staged
@@ -68,21 +68,6 @@ class GatedStager(AsyncStager):
         """Finish what is being copied, and let go of the optimizers."""
         self._copying.close()
         self._gate.close()
-
-
-class _Copying:
-    """A job, as the gate wants it: who waits for it does it, if nobody has begun."""
-
-    def __init__(self, job: Job[None]) -> None:
-        self.job = job
-
-    @property
-    def done(self) -> bool:
-        return self.job.future.done()
-
-    def hurry(self) -> None:
-        self.job.do()
-        wait([self.job.future])
 
 
 def _rest(

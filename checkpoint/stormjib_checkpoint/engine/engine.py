@@ -155,15 +155,23 @@ class Engine:
         step: int,
         train: Mapping[str, Json] | None = None,
         samples: Mapping[int, Sequence[int]] | None = None,
+        to_storage: bool = True,
     ) -> Save:
         """Save `state` (names to tensors, DTensors and other values) as it is now. `train` is rank 0's; `samples`
         are the ids that this rank fed to the model, by step, since its last save.
 
         What torch's optimizers change may be changed by them at once: they wait for the copy. Before any other change call `guard`.
+        Without `to_storage` it stays in `memory`, and the next save may take its place: for the steps between those that are worth
+        writing. All ranks must have staged the one before. Which step is whole there, and newest, whoever adopts it finds out.
+
         A tensor that changed while it was copied fails the save with TornCopy, which the next call raises too; other failures are
         logged. Raises UnsupportedState, ArenaTooLarge, TornCopy, SaveError.
         """
-        save = Save(step)
+        save = Save(step, to_storage)
+        if not to_storage and not self._berths.outlasts:
+            raise SaveError(
+                f"step {step} would be nowhere: without `memory` only steps that go to the storage are saved"
+            )
         if self._half_loaded:
             raise SaveError(
                 "a load has failed half-way: the state is of no step. Load one whole step before saving."
@@ -173,12 +181,18 @@ class Engine:
             wait([self._saves[0].upload_completion])
             self._settle()
         save.figures.busy_s = save.age_s()
-        taken = self._take(state, step, train or {}, samples or {})
+        taken = self._take(save, state, train or {}, samples or {})
         self._pipeline.begin(save, taken, self._saves[-1] if self._saves else None)
         self._saves.append(save)
         save.figures.bytes, save.figures.call_s = taken.plan.image.size, save.age_s()
         self.totals.begun(save)
         return save
+
+    @property
+    def can_stage(self) -> bool:
+        """Whether a save that does not go to the storage would be of use, and not wait."""
+        staged = all(save.staging_completion.done() for save in self._saves)
+        return staged and self._berths.outlasts and self._berths.has_room
 
     def guard(self) -> None:
         """Call it before anything but an optimizer of torch changes what is saved: waits until the step is staged."""
@@ -205,8 +219,8 @@ class Engine:
 
     def _take(
         self,
+        save: Save,
         state: Mapping[str, Value],
-        step: int,
         train: Mapping[str, Json],
         samples: Mapping[int, Sequence[int]],
     ) -> Taken:
@@ -217,8 +231,10 @@ class Engine:
         values = _frozen(planned.others(state), "state"), _frozen(dict(train), "train"), checked_ids(samples)
         self._have(planned.image.size)
         return Taken(
-            Part(step, GenerationId.parse(self.generation), self.rank, self.world),
-            self._berths.next(),  # after all that can be refused: the slot of the save before must not come up too soon
+            Part(save.step, GenerationId.parse(self.generation), self.rank, self.world),
+            self._berths.next(
+                save
+            ),  # after all that can be refused: the slot of the save before must not come up too soon
             planned,
             tensors,
             torn.versions(tensors),

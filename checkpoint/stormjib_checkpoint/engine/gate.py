@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import time
 import weakref
-from typing import TYPE_CHECKING, Any, Protocol
+from concurrent.futures import wait
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -20,17 +21,24 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from stormjib_checkpoint.engine.saving import Figures
+    from stormjib_checkpoint.engine.workers import Job
 
 
-class Staging(Protocol):
-    """Something that is being copied."""
+class Staging:
+    """A job that copies. Whoever waits for it does it, if nobody has begun."""
+
+    def __init__(self, job: Job[None]) -> None:
+        self.job = job
 
     @property
     def done(self) -> bool:
         """It is over, one way or the other."""
+        return self.job.future.done()
 
     def hurry(self) -> None:
-        """Return when it is done: whoever calls this waits for it."""
+        """Return when it is done."""
+        self.job.do()
+        wait([self.job.future])
 
 
 class Gate:

@@ -12,8 +12,9 @@ from stormjib_checkpoint import layout
 from stormjib_checkpoint.engine import torn
 from stormjib_checkpoint.engine.device import Fetching, Lanes
 from stormjib_checkpoint.engine.flush import NICE, Handover, flush
+from stormjib_checkpoint.engine.gate import Staging
 from stormjib_checkpoint.engine.staging import Copying
-from stormjib_checkpoint.engine.workers import IDLE, Job, Workers
+from stormjib_checkpoint.engine.workers import IDLE, Job, Workers, spoiled_by
 from stormjib_checkpoint.errors import SaveError, TornCopy
 from stormjib_checkpoint.format import DataFile
 from stormjib_checkpoint.left import leave
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 IN_FLIGHT = 2
 """Saves that are not on the storage yet; a call for one more waits, and says for how long."""
+AT_ONCE_BYTES = 2 * 1024 * 1024
+"""A state of no more is copied in the call: another thread, woken and waited for, takes longer, and where no processor is idle much longer."""
 HANDS = 4
 """Threads that copy together at most while an optimizer waits: more do not make memory faster."""
 
@@ -38,18 +41,13 @@ HANDS = 4
 T = TypeVar("T")
 
 
-class Staging:
+class HostStaging(Staging):
     """The copying of one save. It takes what processor time is left over, until an optimizer waits for it."""
 
     def __init__(self, hands: Workers, copy: Callable[[Future[Copying]], None], done: Future[None]) -> None:
         self._hands = hands
         self._begun: Future[Copying] = Future()
-        self.job = Job(lambda: copy(self._begun), done)
-
-    @property
-    def done(self) -> bool:
-        """It is over, one way or the other."""
-        return self.job.future.done()
+        super().__init__(Job(lambda: copy(self._begun), done))
 
     def hurry(self) -> None:
         """Copy in this thread too, which has nothing better to do, and in those that are kept for it; until it is done."""
@@ -64,17 +62,12 @@ class Staging:
             self._begun.result().work()
 
 
-class DeviceStaging:
+class DeviceStaging(Staging):
     """The copying of one save that lies on a device: whoever waits for it waits on the device's stream, not on the host."""
 
     def __init__(self, fetch: Callable[[Future[Fetching | None]], None], done: Future[None]) -> None:
         self._asked: Future[Fetching | None] = Future()
-        self.job = Job(lambda: fetch(self._asked), done)
-
-    @property
-    def done(self) -> bool:
-        """It is over, one way or the other."""
-        return self.job.future.done()
+        super().__init__(Job(lambda: fetch(self._asked), done))
 
     def hurry(self) -> None:
         """Until all is asked for; until it is done where something else than optimizers may change what is copied."""
@@ -103,14 +96,25 @@ class Pipeline:
         handover, staged = Handover(), Future[DataFile]()
         tell = Job(lambda: _told(taken, staged, self._storage.key))
         store = Job(
-            lambda: self._to_storage(save, taken, older, handover, tell.future), save.upload_completion
+            lambda: (
+                self._to_storage(save, taken, older, handover, tell.future)
+                if save.to_storage
+                else _stay(tell.future)
+            ),
+            save.upload_completion,
         )
 
-        # Whoever copies wakes the others: in the call each would cost more than a look at a hundred tensors.
         def wake() -> None:
             self._flush.put(store)
             self._tell.put(tell)
 
+        if older is None and not taken.marks and taken.plan.image.size <= AT_ONCE_BYTES:
+            try:
+                self._staging(save, taken, handover, staged, lambda: None).job.do()
+            finally:
+                wake()
+            return
+        # Whoever copies wakes the others: in the call each would cost more than a look at a hundred tensors.
         staging = self._staging(save, taken, handover, staged, wake)
         self._gate.shut(staging, save.figures)
         (self._fetchers if taken.marks else self._stage).put(staging.job)
@@ -127,7 +131,7 @@ class Pipeline:
         handover: Handover,
         staged: Future[DataFile],
         wake: Callable[[], None],
-    ) -> Staging | DeviceStaging:
+    ) -> Staging:
         def to_memory(
             copy: Callable[[Save, Taken, Handover, Future[T]], DataFile],
         ) -> Callable[[Future[T]], None]:
@@ -139,7 +143,7 @@ class Pipeline:
 
         if taken.marks:
             return DeviceStaging(to_memory(self._fetch), save.staging_completion)
-        return Staging(self._hands, to_memory(self._copy), save.staging_completion)
+        return HostStaging(self._hands, to_memory(self._copy), save.staging_completion)
 
     def _to_memory(
         self,
@@ -153,17 +157,19 @@ class Pipeline:
             data = copy()
             save.figures.staged_s = save.age_s()
         except BaseException as error:
+            told = spoiled_by(error)
             if not begun.done():
-                begun.set_exception(error)
-            handover.end(error)
-            staged.set_exception(error)
+                begun.set_exception(told)
+            handover.end(told)
+            staged.set_exception(told)
             raise
         handover.end()
         staged.set_result(data)
 
     def _copy(self, save: Save, taken: Taken, handover: Handover, begun: Future[Copying]) -> DataFile:
         found = _locals(save, taken)
-        copying = Copying(taken.plan.image, _sources(taken, found), taken.berth.arena, handover.put)
+        put = handover.put if save.to_storage else taken.berth.arena.free
+        copying = Copying(taken.plan.image, _sources(taken, found), taken.berth.arena, put)
         begun.set_result(copying)
         data = copying.finish()
         _refuse_torn(save, self._copied(taken, found))
@@ -177,9 +183,8 @@ class Pipeline:
         for device, mark in taken.marks.items():
             lanes[device].begin(mark)
         taken.berth.arena.pin()
-        with Fetching(
-            taken.plan.image, _sources(taken, found), taken.berth.arena, handover.put, lanes
-        ) as fetching:
+        put = handover.put if save.to_storage else taken.berth.arena.free
+        with Fetching(taken.plan.image, _sources(taken, found), taken.berth.arena, put, lanes) as fetching:
             fetching.ask()
             copied = self._copied(taken, found)
             guarded = [one for one in copied if one.trusted]
@@ -255,6 +260,11 @@ def _told(taken: Taken, staged: Future[DataFile], key: bytes | None) -> Records:
     if taken.berth.slot is not None:
         taken.berth.slot.tell(records)
     return records
+
+
+def _stay(told: Future[Records]) -> None:
+    """Where it is: in the node's memory. Raises what has kept it from being staged."""
+    told.result()
 
 
 def hands() -> int:

@@ -42,10 +42,13 @@ class Save:
     """One step on its way. The two futures have the names that DCP's `AsyncSaveResponse` gives them."""
 
     step: int
+    to_storage: bool = True
+    """Else it goes no further than the node's memory."""
     staging_completion: Future[None] = field(default_factory=Future)
     """Done: the state may change. Raises TornCopy where it changed before."""
     upload_completion: Future[None] = field(default_factory=Future)
-    """Done: this rank's part is durable, and where the engine commits, the step is. Older steps may still be being deleted."""
+    """Done: this rank's part is durable, and where the engine commits, the step is. Older steps may still be being deleted.
+    Where it does not go to the storage: it is safe from the death of this process."""
     figures: Figures = field(default_factory=Figures)
     point: ResumePoint | None = None
     """The committed step, where this engine commits."""

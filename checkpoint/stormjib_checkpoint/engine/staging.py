@@ -11,6 +11,7 @@ import torch
 import xxhash
 
 from stormjib_checkpoint.engine import memory
+from stormjib_checkpoint.engine.workers import is_interrupt, spoiled_by
 from stormjib_checkpoint.format import DataFile
 from stormjib_checkpoint.tensors import is_direct, on_host
 
@@ -55,11 +56,14 @@ class Copying:
                     return
                 try:
                     self._put(piece)
-                except BaseException as error:  # noqa: BLE001  whoever finishes raises it
-                    self._failed = error
-            with self._changed:
-                self._ended += 1
-                self._changed.notify_all()
+                except BaseException as error:  # whoever finishes raises it
+                    self._failed = spoiled_by(error)
+                    if is_interrupt(error):
+                        raise
+                finally:
+                    with self._changed:
+                        self._ended += 1
+                        self._changed.notify_all()
 
     def finish(self) -> DataFile:
         """Work, and wait for whoever else does: the file is whole. Raises what has gone wrong in any thread."""

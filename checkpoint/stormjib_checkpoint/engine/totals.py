@@ -68,6 +68,8 @@ class Totals:
             if how.exception() is not None:
                 self._failures += 1
                 return
+            if not save.to_storage:
+                return
             self._saves += 1
             self._bytes += save.figures.bytes
             self._last, self._durable_at = save, time.monotonic()

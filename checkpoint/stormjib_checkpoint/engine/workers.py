@@ -9,6 +9,8 @@ import threading
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from stormjib_checkpoint.errors import SaveError
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -33,8 +35,10 @@ class Job(Generic[T]):
             return
         try:
             result = work()
-        except BaseException as error:  # noqa: BLE001  whoever asks the future gets it
-            self.future.set_exception(error)
+        except BaseException as error:  # whoever asks the future gets it
+            self.future.set_exception(spoiled_by(error))
+            if is_interrupt(error):
+                raise
         else:
             self.future.set_result(result)
 
@@ -77,6 +81,17 @@ def _give_way(nice: int) -> None:
             return
     if nice:
         os.setpriority(os.PRIO_PROCESS, me, nice)
+
+
+def is_interrupt(error: BaseException) -> bool:
+    """Whether it is Ctrl-C, or what a handler of a signal has raised: that comes to the main thread only, and is meant for it, whatever
+    job it does at that moment."""
+    return not isinstance(error, Exception) and threading.current_thread() is threading.main_thread()
+
+
+def spoiled_by(error: BaseException) -> BaseException:
+    """What others hear of a job that has ended so."""
+    return SaveError("the thread that saved it was interrupted") if is_interrupt(error) else error
 
 
 def together(threads: int, work: Callable[[], None]) -> None:

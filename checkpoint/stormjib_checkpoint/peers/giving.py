@@ -1,7 +1,7 @@
 """Gives what this node's ranks have staged to one keeper: whole steps only, the newest first, each at the place that it has here.
 
-A slot is used again only when its step is on the storage. So what the keeper loses by that is on the storage too, and whatever is told
-here is either there, or with the keeper, or on its way.
+A slot that is used again held a step that is on the storage by now, or one that was only staged, with a whole one in the other slot. The
+keeper, which has both slots too, loses no more by it.
 """
 
 from __future__ import annotations

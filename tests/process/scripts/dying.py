@@ -80,7 +80,7 @@ one = Engine(Local(root, files))
 for step in (1, 2):
     begin(one, step).upload_completion.result(SOON_S)
 if is_victim and place not in PLACES:
-    end_while_copying(one._berths.next().arena)
+    end_while_copying(one._berths._berths[0].arena)
 engine.commit_when_complete = partial(commit_when_complete, wait_s=float(wait_s))  # type: ignore[attr-defined]
 third.set_result(begin(one, 3))
 one.wait()

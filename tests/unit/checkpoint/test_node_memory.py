@@ -16,9 +16,9 @@ from fakes.saving import until_left
 from fakes.staging import flip
 from stormjib_checkpoint import layout
 from stormjib_checkpoint.adopting import adopt
-from stormjib_checkpoint.engine import Engine
+from stormjib_checkpoint.engine import Engine, pipeline
 from stormjib_checkpoint.engine import arena as arenas
-from stormjib_checkpoint.errors import StorageError, UnsupportedState
+from stormjib_checkpoint.errors import SaveError, StorageError, UnsupportedState
 from stormjib_checkpoint.files import Posix
 from stormjib_checkpoint.history import committed
 from stormjib_checkpoint.layout import GenerationId
@@ -28,7 +28,7 @@ from stormjib_checkpoint.reader import load
 from stormjib_checkpoint.storage import Local
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 PIECE, PIECES = 8192, 4
@@ -38,6 +38,7 @@ SOON_S = 10.0
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arenas, "PIECE_BYTES", PIECE)
+    monkeypatch.setattr(pipeline, "AT_ONCE_BYTES", 0)
 
 
 class Cut(Posix):
@@ -46,8 +47,10 @@ class Cut(Posix):
     def __init__(self) -> None:
         self.takes: tuple[str, ...] | None = None
         """Files that still get their name; None: all do."""
+        self.before: Callable[[], object] = lambda: None
 
     def link(self, source: str, target: str) -> None:
+        self.before()
         if self.takes is not None and os.path.basename(target) not in self.takes:
             raise OSError(errno.EIO, "the disk is gone")
         super().link(source, target)
@@ -138,6 +141,62 @@ def test_a_call_that_is_refused_takes_no_slot_from_the_save_before(
         engine.async_save(state(3), step=3, train={"when": object()})
     lost(engine, 3)
     assert sorted(one.record.step for one in staged(places[1])) == [2, 3]
+
+
+def only_staged(engine: Engine, step: int) -> None:
+    assert engine.can_stage
+    save = engine.async_save(state(step), step=step, train={"step": step}, to_storage=False)
+    save.upload_completion.result(SOON_S)
+
+
+def test_a_step_that_is_only_staged_is_finished_if_its_rank_dies(
+    engine: Engine, places: tuple[Path, Path]
+) -> None:
+    only_staged(engine, 2)
+    assert not (places[0] / layout.step_folder(2)).exists()
+    assert (engine.totals.now().saves, engine.totals.now().in_flight) == (1, 0)
+    assert adopt(Local(places[0]), places[1]).parts == ((2, 0),)
+    assert resumed(places[0]) == 2
+
+
+def test_steps_that_are_only_staged_leave_the_one_on_its_way_where_it_is(
+    engine: Engine, places: tuple[Path, Path], disk: Cut
+) -> None:
+    go_on = threading.Event()
+    disk.before = lambda: go_on.wait(SOON_S)
+    slow = engine.async_save(state(2), step=2, train={"step": 2})
+    slow.staging_completion.result(SOON_S)
+    for step in (3, 4):
+        only_staged(engine, step)
+        assert sorted(one.record.step for one in staged(places[1])) == [2, step]
+    go_on.set()
+    slow.upload_completion.result(SOON_S)
+    only_staged(engine, 5)
+    assert sorted(one.record.step for one in staged(places[1])) == [4, 5], (
+        "2 is on the disk: its slot was free"
+    )
+    assert adopt(Local(places[0]), places[1]).parts == ((4, 0), (5, 0))
+    assert resumed(places[0]) == 5
+
+
+def test_there_is_no_room_to_stage_while_both_slots_are_on_their_way(engine: Engine, disk: Cut) -> None:
+    go_on = threading.Event()
+    disk.before = lambda: go_on.wait(SOON_S)
+    for step in (2, 3):
+        assert engine.can_stage
+        engine.async_save(state(step), step=step).staging_completion.result(SOON_S)
+    assert not engine.can_stage
+    go_on.set()
+    engine.wait()
+    assert engine.can_stage
+
+
+def test_without_memory_that_outlives_it_a_step_cannot_be_staged_only(tmp_path: Path) -> None:
+    one = Engine(tmp_path / "job")
+    assert not one.can_stage
+    with pytest.raises(SaveError, match="without `memory`"):
+        one.async_save(state(1), step=1, to_storage=False)
+    one.close()
 
 
 @contextmanager
