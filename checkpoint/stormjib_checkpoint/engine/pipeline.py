@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 
 IN_FLIGHT = 2
 """Saves that are not on the storage yet; a call for one more waits, and says for how long."""
-AT_ONCE_BYTES = 2 * 1024 * 1024
-"""A state of no more is copied in the call: another thread, woken and waited for, takes longer, and where no processor is idle much longer."""
 HANDS = 4
 """Threads that copy together at most while an optimizer waits: more do not make memory faster."""
 
@@ -104,17 +102,11 @@ class Pipeline:
             save.upload_completion,
         )
 
+        # Whoever copies wakes the others: in the call each would cost more than a look at a hundred tensors.
         def wake() -> None:
             self._flush.put(store)
             self._tell.put(tell)
 
-        if older is None and not taken.marks and taken.plan.image.size <= AT_ONCE_BYTES:
-            try:
-                self._staging(save, taken, handover, staged, lambda: None).job.do()
-            finally:
-                wake()
-            return
-        # Whoever copies wakes the others: in the call each would cost more than a look at a hundred tensors.
         staging = self._staging(save, taken, handover, staged, wake)
         self._gate.shut(staging, save.figures)
         (self._fetchers if taken.marks else self._stage).put(staging.job)

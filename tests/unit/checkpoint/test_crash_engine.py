@@ -8,7 +8,7 @@ import torch
 from fakes.disk import Disk
 from fakes.power import Cutting
 from fakes.saving import until_left
-from stormjib_checkpoint.engine import Engine, pipeline
+from stormjib_checkpoint.engine import Engine
 from stormjib_checkpoint.engine import arena as arenas
 from stormjib_checkpoint.storage import Local
 
@@ -33,7 +33,6 @@ def load(engine: Engine) -> int:
 
 def test_every_power_cut_under_the_engine_leaves_a_whole_newest_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arenas, "PIECE_BYTES", 8192)
-    monkeypatch.setattr(pipeline, "AT_ONCE_BYTES", 0)
     disk = Disk()
     engine = Engine(Local(ROOT, disk))
     promised = {0: 0}

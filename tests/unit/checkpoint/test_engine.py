@@ -48,7 +48,6 @@ SOON_S = 10.0
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arenas, "PIECE_BYTES", PIECE)
-    monkeypatch.setattr(pipeline, "AT_ONCE_BYTES", 0)
 
 
 @pytest.fixture
@@ -162,36 +161,7 @@ def test_the_optimizer_waits_until_the_last_byte_is_copied(engine: Engine) -> No
     assert raw(model.table.weight) != raw(wanted["model.table.weight"])
 
 
-@pytest.mark.parametrize("over", [0, 1])
-def test_a_small_state_is_staged_in_the_call(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch, over: int
-) -> None:
-    """Who copies it is this thread: an optimizer need not wait for another one, which gets no processor while all train."""
-    model, optimizer = trained()
-    engine.prepare(model, optimizer)
-    state = collect(model, optimizer)
-    assert engine._plan is not None
-    monkeypatch.setattr(pipeline, "AT_ONCE_BYTES", engine._plan.image.size - over)
-    copiers, take = set(), arena_of(engine).take
-
-    def noted(piece: int) -> None:
-        copiers.add(threading.current_thread().name)
-        take(piece)
-
-    monkeypatch.setattr(arena_of(engine), "take", noted)
-    save, wanted = engine.async_save(state, step=1), copied(state)
-    if not over:
-        assert save.staging_completion.done()
-        assert copiers == {"MainThread"}
-    step(model, optimizer)
-    assert (save.figures.waited_s == 0) == (not over)
-    assert_saved(engine, save, wanted)
-
-
-@pytest.mark.parametrize("at_once", [True, False])
-def test_an_interrupt_of_whoever_copies_reaches_it(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch, at_once: bool
-) -> None:
+def test_an_interrupt_of_whoever_waits_reaches_it(engine: Engine) -> None:
     """A script that ends by a handler that raises is not to go on training because it was at the gate then."""
     model, optimizer = trained()
     engine.prepare(model, optimizer)
@@ -213,8 +183,6 @@ def test_an_interrupt_of_whoever_copies_reaches_it(
     started, raised = threading.Event(), threading.Event()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(arena_of(engine), "take", interrupted)
-        if at_once:
-            patch.setattr(pipeline, "AT_ONCE_BYTES", 1 << 20)
         with pytest.raises(KeyboardInterrupt):
             save_and_wait()
         raised.set()

@@ -12,7 +12,7 @@ from fakes import training
 from fakes.disk import Disk
 from fakes.lives import SOON_S, begin, load, next_life, save, tidied
 from fakes.watched import Call, Failing, watched
-from stormjib_checkpoint.engine import Engine, pipeline
+from stormjib_checkpoint.engine import Engine
 from stormjib_checkpoint.engine import arena as arenas
 from stormjib_checkpoint.errors import NoUsableCheckpoint, StorageError, StorageFull
 from stormjib_checkpoint.history import committed, saves
@@ -33,7 +33,6 @@ DATA, RECORD, MANIFEST = "*rank-00000.safetensors*", "*rank-00000.json*", "*MANI
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arenas, "PIECE_BYTES", 8192)
-    monkeypatch.setattr(pipeline, "AT_ONCE_BYTES", 0)
 
 
 class Switch:

@@ -16,7 +16,7 @@ from fakes.saving import until_left
 from fakes.staging import flip
 from stormjib_checkpoint import layout
 from stormjib_checkpoint.adopting import adopt
-from stormjib_checkpoint.engine import Engine, pipeline
+from stormjib_checkpoint.engine import Engine
 from stormjib_checkpoint.engine import arena as arenas
 from stormjib_checkpoint.errors import SaveError, StorageError, UnsupportedState
 from stormjib_checkpoint.files import Posix
@@ -38,7 +38,6 @@ SOON_S = 10.0
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arenas, "PIECE_BYTES", PIECE)
-    monkeypatch.setattr(pipeline, "AT_ONCE_BYTES", 0)
 
 
 class Cut(Posix):

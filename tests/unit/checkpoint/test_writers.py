@@ -15,7 +15,7 @@ from fakes.saving import save_rank
 from fakes.training import WORLD, loads, plan, state_of, train
 from fakes.watched import Call, watched
 from stormjib_checkpoint.commit import commit_step
-from stormjib_checkpoint.engine import Engine, memory, pipeline
+from stormjib_checkpoint.engine import Engine, memory
 from stormjib_checkpoint.engine import arena as arenas
 from stormjib_checkpoint.engine.workers import IDLE, Job, Workers
 from stormjib_checkpoint.errors import AlreadySaved, Inconsistent
@@ -75,7 +75,6 @@ def test_whatever_kills_the_copying_spoils_one_step(
         copy(target, source, size)
 
     monkeypatch.setattr(memory, "copy", kill)
-    monkeypatch.setattr(pipeline, "AT_ONCE_BYTES", 0)  # by a thread of the engine
     spoiled = begin(engine, 2)
     assert isinstance(spoiled.staging_completion.exception(SOON_S), kind)
     assert isinstance(spoiled.upload_completion.exception(SOON_S), kind)
