@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
-from stormjib_checkpoint.boxes import Box, intersect, whole
+from stormjib_checkpoint.boxes import Box
 from stormjib_checkpoint.layout import GenerationId
 from stormjib_checkpoint.records import Json  # noqa: TC001 - records are built from their annotations
 
@@ -87,7 +87,8 @@ class Atom:
     def _check(self, stored: StoredBox) -> None:
         if not len(stored.offset) == len(stored.shape) == len(self.shape):
             raise ValueError(f"a box of {len(stored.shape)} dimensions in an atom of {len(self.shape)}")
-        if intersect(stored.box, whole(self.shape)) != stored.box:
+        sides = zip(stored.offset, stored.shape, self.shape, strict=True)
+        if not all(offset >= 0 and 0 < size <= length - offset for offset, size, length in sides):
             raise ValueError(
                 f"a box at {list(stored.offset)} reaches outside shape {list(self.shape)}, or is empty"
             )

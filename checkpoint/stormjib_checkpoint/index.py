@@ -12,6 +12,7 @@ from stormjib_checkpoint.records import canonical
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+    from stormjib_checkpoint.format import StoredBox
     from stormjib_checkpoint.records import Json
 
 
@@ -43,16 +44,18 @@ def _texts(scalars: Mapping[str, Json]) -> Iterator[tuple[str, bytes]]:
 
 def _atoms(ranks: Iterable[RankFile], place: str) -> dict[str, Atom]:
     """The atoms of all ranks, each tiled exactly once. Raises Inconsistent."""
-    merged: dict[str, Atom] = {}
+    forms: dict[str, tuple[str, tuple[int, ...]]] = {}
+    boxes: dict[str, list[StoredBox]] = {}
     for record in ranks:
         for name, atom in record.atoms.items():
-            known = merged.setdefault(name, Atom(atom.dtype, atom.shape, ()))
-            if (known.dtype, known.shape) != (atom.dtype, atom.shape):
+            dtype, shape = forms.setdefault(name, (atom.dtype, atom.shape))
+            if (dtype, shape) != (atom.dtype, atom.shape):
                 raise Inconsistent(
                     f"{place}: rank {record.rank} has {name} as {atom.dtype} {list(atom.shape)}, "
-                    f"another rank as {known.dtype} {list(known.shape)}"
+                    f"another rank as {dtype} {list(shape)}"
                 )
-            merged[name] = Atom(known.dtype, known.shape, known.boxes + atom.boxes)
+            boxes.setdefault(name, []).extend(atom.boxes)
+    merged = {name: Atom(*form, tuple(boxes[name])) for name, form in forms.items()}
     for name, atom in merged.items():
         why = flaw(atom.shape, [stored.box for stored in atom.boxes])
         if why is not None:

@@ -14,8 +14,9 @@ import math
 import re
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import MISSING, fields, is_dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, TypeVar
 
 from stormjib_checkpoint.errors import FormatError
@@ -71,12 +72,17 @@ def _signature(value: dict[str, Json], key: bytes) -> str:
 
 def plain(value: object) -> Json:
     """A record as what JSON can hold."""
+    kind = type(value)
+    if kind in _AS_THEY_ARE:  # nearly all of a long record
+        return value
     if isinstance(value, GenerationId):
         return str(value)
-    if is_dataclass(value) and not isinstance(value, type):
-        found = {f.name: getattr(value, f.name) for f in fields(value)}
-        unset = {f.name for f in fields(value) if f.default is None and found[f.name] is None}
-        return {name: plain(item) for name, item in found.items() if name not in unset}
+    if is_dataclass(kind):
+        return {
+            name: plain(item)
+            for name, may_be_left_out in _outline(kind)
+            if (item := getattr(value, name)) is not None or not may_be_left_out
+        }
     if isinstance(value, tuple) and hasattr(value, "_asdict"):
         return {key: plain(item) for key, item in value._asdict().items()}
     if isinstance(value, (list, tuple)):
@@ -84,6 +90,15 @@ def plain(value: object) -> Json:
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     return value
+
+
+_AS_THEY_ARE = frozenset({str, int, float, bool, type(None)})
+
+
+@cache
+def _outline(kind: Any) -> tuple[tuple[str, bool], ...]:
+    """Names of a record's fields, and whether each is left out where it is None."""
+    return tuple((f.name, f.default is None) for f in fields(kind))
 
 
 # --- in -------------------------------------------------------------------------------------------------------------
@@ -169,86 +184,139 @@ def _what_to_do(major: int) -> str:
 
 
 def build(kind: Any, value: Json, where: str) -> Any:
-    """`value` as `kind`: a record, Json, or text, int, tuple[X, ...], dict[str | int, X], X | None of them."""
-    origin = typing.get_origin(kind)
-    if kind is Any:
-        return value
-    if origin in (typing.Union, types.UnionType):
-        inner = next(arg for arg in typing.get_args(kind) if arg is not types.NoneType)
-        return None if value is None else build(inner, value, where)
-    if kind is GenerationId:
-        return _generation(value, where)
-    if is_dataclass(kind) or hasattr(kind, "_fields"):
-        return _record(kind, value, where)
-    if origin is tuple:
-        return _tuple(typing.get_args(kind)[0], value, where)
-    if origin is dict:
-        return _dict(kind, value, where)
-    return _scalar(kind, value, where)
-
-
-def _record(kind: Any, value: Json, where: str) -> Any:
-    if not isinstance(value, dict):
-        raise FormatError(f"{where} is {shown(value)}; wanted an object")
-    hints, optional = _hints(kind)
-    missing = hints.keys() - value.keys() - optional
-    if missing:
-        raise FormatError(f"{where} lacks {min(missing)}")
-    known = {key: build(hint, value[key], f"{where}: {key}") for key, hint in hints.items() if key in value}
+    """`value` as `kind`: a record, Json, or text, int, tuple[X, ...], dict[str | int, X], X | None of them. Raises FormatError."""
     try:
-        return kind(**known)
-    except ValueError as error:
-        raise FormatError(f"{where}: {error}") from error
+        return _reader(kind)(value)
+    except _Wrong as wrong:
+        raise FormatError(f"{where}{''.join(reversed(wrong.places))}{wrong.problem}") from wrong
+
+
+class _Wrong(Exception):
+    """Where it is gathers on the way out: to say it on the way in would cost more than all else."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(problem)
+        self.problem = problem
+        self.places: list[str] = []
+
+
+_Reader = Callable[[Json], Any]
 
 
 @cache
-def _hints(kind: type) -> tuple[dict[str, Any], frozenset[str]]:
-    hints = typing.get_type_hints(kind)
+def _reader(kind: Any) -> _Reader:
+    origin = typing.get_origin(kind)
+    if kind is Any:
+        return lambda value: value
+    if origin in (typing.Union, types.UnionType):
+        return partial(_maybe, next(arg for arg in typing.get_args(kind) if arg is not types.NoneType))
+    if kind is GenerationId:
+        return _generation
+    if is_dataclass(kind) or hasattr(kind, "_fields"):
+        return partial(_record, kind)
+    if origin is tuple:
+        inner = typing.get_args(kind)[0]
+        return _integers if inner is int else partial(_tuple, _reader(inner))
+    if origin is dict:
+        return partial(_dict, *typing.get_args(kind))
+    return partial(_scalar, kind)
+
+
+def _maybe(inner: Any, value: Json) -> Any:
+    return None if value is None else _reader(inner)(value)
+
+
+def _record(kind: Any, value: Json) -> Any:
+    if type(value) is not dict:
+        raise _Wrong(f" is {shown(value)}; wanted an object")
+    readers, optional = _fields(kind)
+    missing = readers.keys() - value.keys() - optional
+    if missing:
+        raise _Wrong(f" lacks {min(missing)}")
+    known = {}
+    for key, read in readers.items():
+        if key in value:
+            try:
+                known[key] = read(value[key])
+            except _Wrong as wrong:
+                wrong.places.append(f": {key}")
+                raise
+    try:
+        return kind(**known)
+    except ValueError as error:
+        raise _Wrong(f": {error}") from error
+
+
+@cache
+def _fields(kind: type) -> tuple[dict[str, _Reader], frozenset[str]]:
+    readers = {name: _reader(hint) for name, hint in typing.get_type_hints(kind).items()}
     if not is_dataclass(kind):
-        return hints, frozenset()
+        return readers, frozenset()
     optional = {f.name for f in fields(kind) if f.default is not MISSING or f.default_factory is not MISSING}
-    return hints, frozenset(optional)
+    return readers, frozenset(optional)
 
 
-def _tuple(inner: Any, value: Json, where: str) -> tuple[Any, ...]:
-    if not isinstance(value, list):
-        raise FormatError(f"{where} is {shown(value)}; wanted a list")
-    if inner is int:  # the long lists: sample ids
-        return tuple(_scalar(int, item, where) for item in value)
-    return tuple(build(inner, item, f"{where}[{i}]") for i, item in enumerate(value))
+def _items(value: Json) -> list[Json]:
+    if type(value) is not list:
+        raise _Wrong(f" is {shown(value)}; wanted a list")
+    return value
 
 
-def _dict(kind: Any, value: Json, where: str) -> dict[Any, Any]:
-    if not isinstance(value, dict):
-        raise FormatError(f"{where} is {shown(value)}; wanted an object")
-    key_kind, inner = typing.get_args(kind)
-    return {
-        _key(key_kind, key, where): build(inner, item, f"{where}.{key[:64]}") for key, item in value.items()
-    }
+def _integers(value: Json) -> tuple[int, ...]:
+    """The long lists: sample ids."""
+    return tuple([_scalar(int, item) for item in _items(value)])
 
 
-def _key(kind: Any, key: str, where: str) -> Any:
+def _tuple(read: _Reader, value: Json) -> tuple[Any, ...]:
+    found = []
+    for item in _items(value):
+        try:
+            found.append(read(item))
+        except _Wrong as wrong:
+            wrong.places.append(f"[{len(found)}]")
+            raise
+    return tuple(found)
+
+
+def _dict(key_kind: Any, inner: Any, value: Json) -> dict[Any, Any]:
+    if type(value) is not dict:
+        raise _Wrong(f" is {shown(value)}; wanted an object")
+    read, found = _reader(inner), {}
+    for key, item in value.items():
+        known = _key(key_kind, key)
+        try:
+            found[known] = read(item)
+        except _Wrong as wrong:
+            wrong.places.append(f".{key[:64]}")
+            raise
+    return found
+
+
+def _key(kind: Any, key: str) -> Any:
     if kind is not int:
         return key
     if not (key.isascii() and key.isdecimal() and len(key) <= 18 and str(int(key)) == key):
-        raise FormatError(f"{where} has the key {shown(key)}; wanted a number")
+        raise _Wrong(f" has the key {shown(key)}; wanted a number")
     return int(key)
 
 
-def _generation(value: Json, where: str) -> GenerationId:
+def _generation(value: Json) -> GenerationId:
     try:
-        return GenerationId.parse(_scalar(str, value, where))
+        return GenerationId.parse(_scalar(str, value))
     except ValueError as error:
-        raise FormatError(f"{where}: {error}") from error
+        raise _Wrong(f": {error}") from error
 
 
-def _scalar(kind: Any, value: Json, where: str) -> Any:
+def _scalar(kind: Any, value: Json) -> Any:
     if type(value) is not kind:
-        raise FormatError(f"{where} is {shown(value)}; wanted {kind.__name__}")
-    if kind is str:
-        check_text(value, where)
+        raise _Wrong(f" is {shown(value)}; wanted {kind.__name__}")
+    if kind is str and not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise _Wrong(f" holds text that is no Unicode: {shown(value)}") from error
     if kind is int and not 0 <= value <= MAX_INTEGER:
-        raise FormatError(f"{where} is {shown(value)}; wanted 0 to 2^63-1")
+        raise _Wrong(f" is {shown(value)}; wanted 0 to 2^63-1")
     return value
 
 
