@@ -83,7 +83,7 @@ def agree(
     replicas: int = 1,
     told: Tensor | None = None,
 ) -> Agreed:
-    """One collective for all that the ranks must agree on: loss, gradient norm, wishes to stop, to save, not to save yet and not even to stage, and `told`.
+    """One collective for all that the ranks must agree on: loss, gradient norm, what they wish, and what they want to tell beside.
 
     Each shard of the gradient is on `replicas` ranks, and so counted as often.
     """

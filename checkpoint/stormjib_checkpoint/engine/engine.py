@@ -232,9 +232,8 @@ class Engine:
         self._have(planned.image.size)
         return Taken(
             Part(save.step, GenerationId.parse(self.generation), self.rank, self.world),
-            self._berths.next(
-                save
-            ),  # after all that can be refused: the slot of the save before must not come up too soon
+            # After all that can be refused: the slot of the save before must not come up too soon.
+            self._berths.next(save),
             planned,
             tensors,
             torn.versions(tensors),
