@@ -122,7 +122,7 @@ def demo(switch: Switch, rank: int, number: int) -> Times:
 
     def step() -> None:
         loss = backward(model, windows, config.train.micro_batch, config.train.batch)
-        agree(loss, optimizer.gradients(), stop=False, save=False, hold=False)
+        agree(loss, optimizer.gradients(), stop=False, save=False, hold=False, busy=True)
         optimizer.apply(next(done))
 
     return _pairs(switch, step, number)

@@ -51,10 +51,20 @@ def canonical(plain: Json) -> bytes:
 
 def check_text(text: str, where: str) -> None:
     """Raises FormatError on half a surrogate pair, which no file can hold."""
+    if not _is_unicode(text):
+        raise FormatError(f"{where} {_no_unicode(text)}")
+
+
+def _is_unicode(text: str) -> bool:
     try:
         text.encode()
-    except UnicodeEncodeError as error:
-        raise FormatError(f"{where} holds text that is no Unicode: {shown(text)}") from error
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _no_unicode(text: str) -> str:
+    return f"holds text that is no Unicode: {shown(text)}"
 
 
 # --- out ------------------------------------------------------------------------------------------------------------
@@ -209,7 +219,8 @@ def _reader(kind: Any) -> _Reader:
     if kind is Any:
         return lambda value: value
     if origin in (typing.Union, types.UnionType):
-        return partial(_maybe, next(arg for arg in typing.get_args(kind) if arg is not types.NoneType))
+        inner = next(arg for arg in typing.get_args(kind) if arg is not types.NoneType)
+        return partial(_maybe, _reader(inner))
     if kind is GenerationId:
         return _generation
     if is_dataclass(kind) or hasattr(kind, "_fields"):
@@ -218,12 +229,13 @@ def _reader(kind: Any) -> _Reader:
         inner = typing.get_args(kind)[0]
         return _integers if inner is int else partial(_tuple, _reader(inner))
     if origin is dict:
-        return partial(_dict, *typing.get_args(kind))
+        key_kind, inner = typing.get_args(kind)
+        return partial(_dict, key_kind, _reader(inner))
     return partial(_scalar, kind)
 
 
-def _maybe(inner: Any, value: Json) -> Any:
-    return None if value is None else _reader(inner)(value)
+def _maybe(read: _Reader, value: Json) -> Any:
+    return None if value is None else read(value)
 
 
 def _record(kind: Any, value: Json) -> Any:
@@ -278,10 +290,10 @@ def _tuple(read: _Reader, value: Json) -> tuple[Any, ...]:
     return tuple(found)
 
 
-def _dict(key_kind: Any, inner: Any, value: Json) -> dict[Any, Any]:
+def _dict(key_kind: Any, read: _Reader, value: Json) -> dict[Any, Any]:
     if type(value) is not dict:
         raise _Wrong(f" is {shown(value)}; wanted an object")
-    read, found = _reader(inner), {}
+    found = {}
     for key, item in value.items():
         known = _key(key_kind, key)
         try:
@@ -310,11 +322,8 @@ def _generation(value: Json) -> GenerationId:
 def _scalar(kind: Any, value: Json) -> Any:
     if type(value) is not kind:
         raise _Wrong(f" is {shown(value)}; wanted {kind.__name__}")
-    if kind is str and not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise _Wrong(f" holds text that is no Unicode: {shown(value)}") from error
+    if kind is str and not _is_unicode(value):
+        raise _Wrong(f" {_no_unicode(value)}")
     if kind is int and not 0 <= value <= MAX_INTEGER:
         raise _Wrong(f" is {shown(value)}; wanted 0 to 2^63-1")
     return value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from bench import faults
+from bench import faults, samples
 from bench.follow import Follower
 
 if TYPE_CHECKING:
@@ -54,10 +54,8 @@ def decisions(scene: Scene) -> list[str]:
 
 def story(scene: Scene) -> str:
     """Decisions and starts of ranks, a line each with its seconds since the first: what a test says that has waited too long."""
-    told = sorted(
-        (x for x in scene.follower.lines if _is_decision(x.text) or '"event": "start"' in x.text),
-        key=lambda x: x.at,
-    )
+    starts = [line for line, _ in samples.events(scene.follower.lines, "start")]
+    told = sorted([x for x in scene.follower.lines if _is_decision(x.text)] + starts, key=lambda x: x.at)
     return "\n".join(f"{x.at - told[0].at:.2f} {x.pod}: {x.text[:160]}" for x in told)
 
 

@@ -14,7 +14,9 @@ from fakes.agents import SCRIPTS, AgentProcess, comm, until
 from fakes.runs import TINY, Run
 from fakes.scripted import TOKEN, ScriptedCoordinator, new_order
 from stormjib_checkpoint import layout
+from stormjib_checkpoint.ledger import audit
 from stormjib_checkpoint.node_memory import staged
+from stormjib_checkpoint.storage import Local
 from stormjib_health.sampler.proc import descendants
 from stormjib_runtime.wire import Cause, Do
 
@@ -119,6 +121,13 @@ async def test_a_trainer_loses_only_a_few_steps_where_it_hardly_ever_saves(
     assert f"Run 1.2 (RankExit): 2 ranks, resumes from step {step}\n" in run.err
     run.process.send_signal(signal.SIGTERM)
     assert await run.exit() == 128 + signal.SIGTERM
+    found = audit(Local(root))
+    assert found.last >= step
+    assert set(found.steps) == set(range(1, found.last + 1)), (
+        "what was fed in steps that were only staged is told too"
+    )
+    assert not found.problems
+    assert not found.twice()
 
 
 def caught(pids: list[int], memory: Path, root: Path, limit_s: float = 30.0) -> int:

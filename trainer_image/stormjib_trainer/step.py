@@ -32,7 +32,7 @@ class Agreed:
     """Some rank was asked to save."""
     hold: bool
     """Some rank is not ready to save yet."""
-    busy: bool = False
+    busy: bool
     """Some rank has no room to stage a step that is not saved."""
     told: tuple[float, ...] = ()
     """What the ranks wanted to tell each other beside, summed."""
@@ -79,7 +79,7 @@ def agree(
     stop: bool,
     save: bool,
     hold: bool,
-    busy: bool = True,
+    busy: bool,
     replicas: int = 1,
     told: Tensor | None = None,
 ) -> Agreed:

@@ -125,13 +125,15 @@ class Pipeline:
         wake: Callable[[], None],
     ) -> Staging:
         def to_memory(
-            copy: Callable[[Save, Taken, Handover, Future[T]], DataFile],
+            copy: Callable[[Save, Taken, Callable[[int], None], Future[T]], DataFile],
         ) -> Callable[[Future[T]], None]:
             def work(begun: Future[T]) -> None:
                 wake()
-                self._to_memory(save, handover, begun, staged, partial(copy, save, taken, handover, begun))
+                self._to_memory(save, handover, begun, staged, partial(copy, save, taken, put, begun))
 
             return work
+
+        put = handover.put if save.to_storage else taken.berth.arena.free
 
         if taken.marks:
             return DeviceStaging(to_memory(self._fetch), save.staging_completion)
@@ -158,9 +160,8 @@ class Pipeline:
         handover.end()
         staged.set_result(data)
 
-    def _copy(self, save: Save, taken: Taken, handover: Handover, begun: Future[Copying]) -> DataFile:
+    def _copy(self, save: Save, taken: Taken, put: Callable[[int], None], begun: Future[Copying]) -> DataFile:
         found = _locals(save, taken)
-        put = handover.put if save.to_storage else taken.berth.arena.free
         copying = Copying(taken.plan.image, _sources(taken, found), taken.berth.arena, put)
         begun.set_result(copying)
         data = copying.finish()
@@ -168,14 +169,13 @@ class Pipeline:
         return data
 
     def _fetch(
-        self, save: Save, taken: Taken, handover: Handover, asked: Future[Fetching | None]
+        self, save: Save, taken: Taken, put: Callable[[int], None], asked: Future[Fetching | None]
     ) -> DataFile:
         found = _locals(save, taken)
         lanes = {device: self._lanes.of(device) for device in taken.marks}
         for device, mark in taken.marks.items():
             lanes[device].begin(mark)
         taken.berth.arena.pin()
-        put = handover.put if save.to_storage else taken.berth.arena.free
         with Fetching(taken.plan.image, _sources(taken, found), taken.berth.arena, put, lanes) as fetching:
             fetching.ask()
             copied = self._copied(taken, found)

@@ -190,6 +190,16 @@ def test_there_is_no_room_to_stage_while_both_slots_are_on_their_way(engine: Eng
     assert engine.can_stage
 
 
+@pytest.mark.parametrize(("outlasts", "bound"), [(False, 1.05), (True, 2.1)])
+def test_what_is_taken_for_staging_is_bounded(tmp_path: Path, outlasts: bool, bound: float) -> None:
+    one = Engine(tmp_path / "job", memory=tmp_path / "memory" if outlasts else "")
+    big = {"table": torch.zeros(500_000)}
+    one.reserve(big)
+    taken = sum(berth.arena.size for berth in one._berths._berths)
+    assert taken <= bound * big["table"].nbytes
+    one.close()
+
+
 def test_without_memory_that_outlives_it_a_step_cannot_be_staged_only(tmp_path: Path) -> None:
     one = Engine(tmp_path / "job")
     assert not one.can_stage
