@@ -12,7 +12,8 @@ help:            ## list the verbs
 
 setup: $(VENV)/.ready ## make .venv from the locked requirements, install missing Debian packages
 
-$(VENV)/.ready: requirements/dev.txt requirements/uv.txt pyproject.toml tools/setup.sh
+$(VENV)/.ready: requirements/dev.txt requirements/uv.txt pyproject.toml tools/setup.sh tools/build_kernel.py \
+  checkpoint/stormjib_checkpoint/digest/kernel.c
 	tools/setup.sh $(VENV)
 	touch $@
 
