@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
-from stormjib_checkpoint.boxes import Box
+from stormjib_checkpoint.boxes import Box, intersect
 from stormjib_checkpoint.layout import GenerationId
 from stormjib_checkpoint.records import Json  # noqa: TC001 - records are built from their annotations
 
@@ -37,6 +37,9 @@ ITEM_BYTES: Mapping[str, int] = {
     **_UNKNOWN_TO_SAFETENSORS,
 }  # fmt: skip
 """Bytes of an element by type tag, as torch has it in memory: an I4 is a byte, and an F4_E2M1_X2 is two numbers."""
+
+WIDEST = max(ITEM_BYTES.values())
+"""Bytes of the widest element. Pieces are multiples of it: no element lies across their borders."""
 
 _DIGEST = re.compile(r"[0-9a-f]{16}")
 
@@ -77,6 +80,7 @@ class Atom:
     dtype: str
     shape: tuple[int, ...]
     boxes: tuple[StoredBox, ...]
+    digest: str | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in ITEM_BYTES:
@@ -101,6 +105,10 @@ class Atom:
     def nbytes(self) -> int:
         return prod(self.shape) * ITEM_BYTES[self.dtype]
 
+    def meeting(self, box: Box) -> list[StoredBox]:
+        """The boxes that share elements with `box`."""
+        return [stored for stored in self.boxes if intersect(stored.box, box) is not None]
+
 
 @dataclass(frozen=True)
 class DataFile:
@@ -111,7 +119,7 @@ class DataFile:
     pieces: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        if not 0 < self.piece_bytes <= 2**30:
+        if not 0 < self.piece_bytes <= 2**30 or self.piece_bytes % WIDEST:
             raise ValueError(f"pieces of {self.piece_bytes} bytes")
         if len(self.pieces) != -(-self.bytes // self.piece_bytes):
             raise ValueError(

@@ -55,6 +55,8 @@ class Held:
     box: Box
     local: torch.Tensor
     primary: bool
+    copies: int
+    """On how many ranks each element of it is held."""
 
     @property
     def identity(self) -> tuple[object, ...]:
@@ -76,12 +78,12 @@ def held(name: str, tensor: torch.Tensor, rank: int, world: int) -> Held:
     shape = tuple(tensor.shape)
     # Every rank has the same plain tensor (a replica): one of them writes it, chosen by name, so that all agree.
     primary = zlib.crc32(name.encode()) % world == rank
-    return Held(name, TAGS[tensor.dtype], shape, whole(shape), local, primary)
+    return Held(name, TAGS[tensor.dtype], shape, whole(shape), local, primary, world)
 
 
 def _held_shard(name: str, tensor: DTensor) -> Held:
     shape = tuple(tensor.shape)
-    box, primary = whole(shape), True
+    box, primary, copies = whole(shape), True, 1
     coordinate = tensor.device_mesh.get_coordinate()
     if coordinate is None:
         raise UnsupportedState(
@@ -91,7 +93,7 @@ def _held_shard(name: str, tensor: DTensor) -> Held:
         if type(placement) is Shard:
             box = part(box, placement.dim % len(shape), parts, index)
         elif isinstance(placement, Replicate):
-            primary = primary and index == 0
+            primary, copies = primary and index == 0, copies * parts
         else:
             raise UnsupportedState(
                 f"{name} is placed as {placement!r}; only Shard and Replicate can be saved"
@@ -101,7 +103,7 @@ def _held_shard(name: str, tensor: DTensor) -> Held:
         raise UnsupportedState(
             f"{name}: the local shard has shape {list(local.shape)}; placements {tensor.placements} say {list(box.shape)}"
         )
-    return Held(name, TAGS[tensor.dtype], shape, box, local, primary)
+    return Held(name, TAGS[tensor.dtype], shape, box, local, primary, copies)
 
 
 def local_of(tensor: torch.Tensor) -> torch.Tensor:
