@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 from stormjib_checkpoint.errors import FormatError
 from stormjib_checkpoint.layout import GenerationId
 
-MAJOR, MINOR = 1, 0
+MAJOR, MINOR = 1, 1
 FORMAT = f"{MAJOR}.{MINOR}"
 KNOWN_REQUIREMENTS: tuple[str, ...] = ()
 """Names that may stand in `requires`: what a reader must know of to read the file at all."""
