@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from stormjib_checkpoint.boxes import flaw
+from stormjib_checkpoint.digest.definition import add, number, text
 from stormjib_checkpoint.errors import Inconsistent
 from stormjib_checkpoint.format import Atom, AtomsFile, RankFile
 from stormjib_checkpoint.records import canonical
@@ -55,12 +56,18 @@ def _atoms(ranks: Iterable[RankFile], place: str) -> dict[str, Atom]:
                     f"another rank as {dtype} {list(shape)}"
                 )
             boxes.setdefault(name, []).extend(atom.boxes)
-    merged = {name: Atom(*form, tuple(boxes[name])) for name, form in forms.items()}
+    merged = {name: Atom(*form, tuple(boxes[name]), _digest(boxes[name])) for name, form in forms.items()}
     for name, atom in merged.items():
         why = flaw(atom.shape, [stored.box for stored in atom.boxes])
         if why is not None:
             raise Inconsistent(f"{place}: the ranks do not hold {name} exactly once: {why}")
     return merged
+
+
+def _digest(boxes: Sequence[StoredBox]) -> str | None:
+    """The digest of an atom: the sum of those of its boxes."""
+    known = [number(box.digest) for box in boxes if box.digest is not None]
+    return text(add(known)) if len(known) == len(boxes) else None
 
 
 def _ties(ranks: Iterable[RankFile], place: str) -> dict[str, str]:
