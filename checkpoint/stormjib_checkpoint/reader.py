@@ -17,7 +17,7 @@ import torch
 from stormjib_checkpoint.boxes import runs
 from stormjib_checkpoint.errors import DamagedCheckpoint, FormatError, NotThere, StateMismatch
 from stormjib_checkpoint.filling import Copy, Filling
-from stormjib_checkpoint.format import ITEM_BYTES, Atom, DataFile
+from stormjib_checkpoint.format import ITEM_BYTES, DataFile
 from stormjib_checkpoint.objects import from_json
 from stormjib_checkpoint.overlap import clash, put, shared
 from stormjib_checkpoint.step import CommittedStep, unreadable_is_damaged
@@ -26,6 +26,7 @@ from stormjib_checkpoint.tensors import ABSENT, Held, Value, empty, held, is_dir
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
 
+    from stormjib_checkpoint.index import IndexAtom
     from stormjib_checkpoint.node_memory import Near
     from stormjib_checkpoint.records import Json
     from stormjib_checkpoint.storage import Opened, Storage
@@ -69,10 +70,10 @@ class Checkpoint:
         """Raises MissingCheckpoint, DamagedCheckpoint, StateMismatch (two names become one), StorageError."""
         self._storage, self._near = storage, near
         self._step = CommittedStep(storage, resume)
-        index = self._step.atoms()
+        self._index = index = self._step.atoms()
         ties = {name: index.atoms[first] for name, first in index.ties.items()}
         scalars = {**self._decoded(index.scalars), **dict.fromkeys(index.absent, ABSENT)}
-        self.atoms: Mapping[str, Atom] = _renamed(index.atoms | ties, rename)
+        self.atoms: Mapping[str, IndexAtom] = _renamed(index.atoms | ties, rename)
         """By every name of theirs."""
         self.scalars: Mapping[str, Json] = _renamed(scalars, rename)
         """`ABSENT` where a state was not there."""
@@ -151,18 +152,10 @@ class Checkpoint:
                 f"they hold {self._names(rank, start, end)}"
             )
 
-        Filling(file, data, self._header_bytes(rank), copies, damage).run(self._storage.writers)
-
-    def _header_bytes(self, rank: int) -> int:
-        return min(box.start for atom in self.atoms.values() for box in atom.boxes if box.rank == rank)
+        Filling(file, data, self._index.head_bytes(rank), copies, damage).run(self._storage.writers)
 
     def _names(self, rank: int, start: int, end: int) -> str:
-        found = sorted(
-            name
-            for name, atom in self.atoms.items()
-            for box in atom.boxes
-            if box.rank == rank and box.start < end and box.end > start
-        )
+        found = self._index.names_in(rank, start, end)
         return (
             ", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "") or "the header"
         )
@@ -176,9 +169,9 @@ class _Target:
         own = is_direct(part.local) and not apart
         self.memory = part.local if own else empty(part.box.shape, part.local.dtype)
 
-    def copies(self, atom: Atom) -> Iterator[Copy]:
+    def copies(self, atom: IndexAtom) -> Iterator[Copy]:
         size, target, address = ITEM_BYTES[atom.dtype], memory(self.memory), self.memory.data_ptr()
-        for stored in atom.boxes:
+        for stored in atom.meeting(self.part.box):
             for run in runs(stored.box, self.part.box):
                 start = stored.start + run.source * size
                 yield Copy(stored.rank, start, run.length * size, run.target * size, target, address)

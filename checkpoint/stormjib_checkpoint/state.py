@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from torch.optim import Optimizer
 
-    from stormjib_checkpoint.format import Atom
+    from stormjib_checkpoint.index import IndexAtom
     from stormjib_checkpoint.node_memory import Near
     from stormjib_checkpoint.reader import Rename
     from stormjib_checkpoint.records import Json
@@ -145,7 +145,7 @@ def _by_owner(table: Mapping[str, T]) -> dict[str, dict[str, T]]:
 
 
 def _shaped(
-    optimizer: Optimizer, parameter: torch.Tensor, owner: str, atoms: Mapping[str, Atom]
+    optimizer: Optimizer, parameter: torch.Tensor, owner: str, atoms: Mapping[str, IndexAtom]
 ) -> dict[str, torch.Tensor]:
     """The tensors to fill of a parameter's state: its own, or new ones where the optimizer has none yet."""
     present: Mapping[str, Any] = optimizer.state.get(parameter, {})
@@ -156,7 +156,7 @@ def _shaped(
 
 
 def _state_tensor(
-    optimizer: Optimizer, parameter: torch.Tensor, name: str, atom: Atom, present: object
+    optimizer: Optimizer, parameter: torch.Tensor, name: str, atom: IndexAtom, present: object
 ) -> torch.Tensor:
     if isinstance(present, torch.Tensor):
         return present
