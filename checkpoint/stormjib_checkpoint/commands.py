@@ -68,7 +68,7 @@ def show(root: Root, step: Step = None, json: AsJson = False) -> None:
         name: {
             "dtype": atom.dtype,
             "shape": list(atom.shape),
-            "ranks": [stored.rank for stored in atom.boxes],
+            "ranks": atom.ranks,
         }
         for name, atom in content.atoms.items()
     }

@@ -29,7 +29,7 @@ from stormjib_checkpoint.format import (
 )
 from stormjib_checkpoint.hints import write_hint
 from stormjib_checkpoint.history import committed_by, read_generation, saves
-from stormjib_checkpoint.index import index_of
+from stormjib_checkpoint.indexing import index_of
 from stormjib_checkpoint.layout import GenerationId
 from stormjib_checkpoint.ledger import Samples, segment
 from stormjib_checkpoint.left import create_same

@@ -23,11 +23,11 @@ from stormjib_checkpoint.step import unreadable_is_damaged
 from stormjib_checkpoint.tensors import DTYPES, Held, empty, is_direct, memory
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
     import torch
 
-    from stormjib_checkpoint.format import Atom
+    from stormjib_checkpoint.index import Index, IndexAtom
     from stormjib_checkpoint.node_memory import Near
     from stormjib_checkpoint.plan import FilePlan
     from stormjib_checkpoint.proof import Group
@@ -47,7 +47,7 @@ class Wanted(NamedTuple):
     part: Held
     name: str
     """Of its atom, as the index has it."""
-    atom: Atom
+    atom: IndexAtom
 
 
 class Loading:
@@ -57,12 +57,11 @@ class Loading:
         self,
         storage: Storage,
         step: CommittedStep,
-        atoms: Mapping[str, Atom],
+        index: Index,
         near: Near | None,
         group: Group,
     ) -> None:
-        """`atoms` are those of the index."""
-        self._storage, self._step, self._atoms, self._near, self._group = storage, step, atoms, near, group
+        self._storage, self._step, self._index, self._near, self._group = storage, step, index, near, group
         self._problem: DamagedCheckpoint | MissingCheckpoint | None = None
 
     def fill(self, wanted: Sequence[Wanted]) -> None:
@@ -86,10 +85,10 @@ class Loading:
         for one in apart.values():
             one.goal.finish()
 
-    def _digested(self, wanted: Sequence[Wanted]) -> dict[str, Atom]:
+    def _digested(self, wanted: Sequence[Wanted]) -> dict[str, IndexAtom]:
         """The atoms that are proved by their digests: in a group all that have one, else those that are here as a whole."""
         if self._group.size > 1:
-            return {name: atom for name, atom in self._atoms.items() if atom.digest is not None}
+            return {name: atom for name, atom in self._index.atoms.items() if atom.digest is not None}
         boxes: defaultdict[str, set[Box]] = defaultdict(set)
         for one in wanted:
             boxes[one.name].add(one.part.box)
@@ -165,7 +164,7 @@ class Loading:
 
     def _plan(self, goals: Sequence[Goal]) -> list[FilePlan]:
         targets = [Target(goal.aim.want.name, goal.aim.box) for goal in goals]
-        return plan(targets, self._atoms, self._storage.request_bytes, span_of(self._group.size))
+        return plan(targets, self._index.atoms, self._storage.request_bytes, span_of(self._group.size))
 
     @contextlib.contextmanager
     def _opened(self, rank: int) -> Iterator[Opened]:
@@ -197,7 +196,7 @@ class Loading:
             Filling(opened, parts(file), sink, self._damage(file.rank)).run(self._storage.writers)
 
     def _read_carefully(self, file: FilePlan, sink: Sink, *, near: bool) -> None:
-        work = list(pieces(file, self._step.rank(file.rank).data, self._head_bytes(file.rank)))
+        work = list(pieces(file, self._step.rank(file.rank).data, self._index.head_bytes(file.rank)))
         known = len(sink.digests)
         for source in (self._opened, self._stored)[not near :]:
             try:
@@ -219,22 +218,10 @@ class Loading:
         def damage(start: int, end: int) -> DamagedCheckpoint:
             return DamagedCheckpoint(
                 f"{self._step.data_path(rank)}: bytes {start} to {end} are not those that were written; "
-                f"they hold {self._names(rank, start, end)}"
+                f"they hold {_listed(self._index.names_in(rank, start, end)) or 'the header'}"
             )
 
         return damage
-
-    def _head_bytes(self, rank: int) -> int:
-        return min(box.start for atom in self._atoms.values() for box in atom.boxes if box.rank == rank)
-
-    def _names(self, rank: int, start: int, end: int) -> str:
-        found = sorted(
-            name
-            for name, atom in self._atoms.items()
-            for box in atom.boxes
-            if box.rank == rank and box.start < end and box.end > start
-        )
-        return _listed(found) or "the header"
 
     def _told(self, failed: Collection[str], wanted: Sequence[Wanted]) -> str:
         """What cannot be laid to a file of the storage, as far as this rank has read it."""

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from stormjib_checkpoint.format import Atom, StoredBox
+    from stormjib_checkpoint.format import StoredBox
+    from stormjib_checkpoint.index import IndexAtom
 
 SPAN = 16 * 1024 * 1024
 """Bytes of the longest read: what a thread has in its hands at once."""
@@ -110,7 +111,7 @@ class Cost(NamedTuple):
 
 
 def plan(
-    targets: Sequence[Target], atoms: Mapping[str, Atom], request: int, span: int = SPAN
+    targets: Sequence[Target], atoms: Mapping[str, IndexAtom], request: int, span: int = SPAN
 ) -> list[FilePlan]:
     """The reads that fill all targets, by file. `request`: so many bytes take as long to read as one more request; none is longer than `span`."""
     cuts: defaultdict[int, list[Cut]] = defaultdict(list)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from stormjib_checkpoint.format import Atom
+    from stormjib_checkpoint.index import IndexAtom
 
 MODULUS = 1 << 64
 MANY = 40
@@ -72,7 +72,7 @@ class Share(NamedTuple):
     digest: int
 
 
-def unproved(shares: Iterable[Share], atoms: Mapping[str, Atom], group: Group) -> list[str]:
+def unproved(shares: Iterable[Share], atoms: Mapping[str, IndexAtom], group: Group) -> list[str]:
     """The atoms that somebody of the group has read otherwise than they were written, or not all of; on every member the same.
 
     `atoms` are all that the group loads, each under one name, the same for all. Those without a digest cannot be proved so, and are not
@@ -106,7 +106,7 @@ def _multiples(names: Sequence[str], mine: Mapping[str, Sequence[Share]], group:
     ]
 
 
-def _holds(atom: Atom, multiple: int, digest: int, elements: int) -> bool:
+def _holds(atom: IndexAtom, multiple: int, digest: int, elements: int) -> bool:
     """Whether the sums are those of the whole atom, once or several times: tied names may each have memory of their own."""
     volume = prod(atom.shape) * multiple
     if not prod(atom.shape):

@@ -22,7 +22,7 @@ from stormjib_checkpoint.tensors import ABSENT, Held, Value, held
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, MutableMapping
 
-    from stormjib_checkpoint.format import Atom
+    from stormjib_checkpoint.index import IndexAtom
     from stormjib_checkpoint.node_memory import Near
     from stormjib_checkpoint.proof import Group
     from stormjib_checkpoint.records import Json
@@ -72,10 +72,12 @@ class Checkpoint:
         self._storage, self._near = storage, near
         self._step = CommittedStep(storage, resume)
         index = self._index = self._step.atoms()
-        names = {name: name for name in index.atoms} | index.ties
+        names = {**{name: name for name in index.atoms}, **index.ties}
         scalars = {**self._decoded(index.scalars), **dict.fromkeys(index.absent, ABSENT)}
         self._first_names: Mapping[str, str] = _renamed(names, rename)
-        self.atoms: Mapping[str, Atom] = {name: index.atoms[own] for name, own in self._first_names.items()}
+        self.atoms: Mapping[str, IndexAtom] = {
+            name: index.atoms[own] for name, own in self._first_names.items()
+        }
         """By every name of theirs."""
         self.scalars: Mapping[str, Json] = _renamed(scalars, rename)
         """`ABSENT` where a state was not there."""
@@ -93,7 +95,7 @@ class Checkpoint:
         together want everything."""
         once = {(part.identity, self._first_names[part.name]): part for part in parts if part.box.volume}
         wanted = [Wanted(part, name, self._index.atoms[name]) for (_, name), part in once.items()]
-        Loading(self._storage, self._step, self._index.atoms, self._near, group).fill(wanted)
+        Loading(self._storage, self._step, self._index, self._near, group).fill(wanted)
 
     def _decoded(self, values: Mapping[str, Json]) -> dict[str, Json]:
         try:
@@ -105,9 +107,10 @@ class Checkpoint:
         tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
         scalars = {name: value for name, value in state.items() if name not in tensors}
         _same_absences(scalars, self.scalars)
-        _same_names(tensors.keys() | _of_others(tensors, self.atoms, group), self.atoms.keys(), "tensor")
+        holders = _holders(tensors, self.atoms, group)
+        _same_names(tensors.keys() | holders.keys(), self.atoms.keys(), "tensor")
         _same_names(scalars.keys(), self.scalars.keys(), "scalar")
-        parts = [held(name, value, 0, group.size) for name, value in sorted(tensors.items())]
+        parts = [held(name, value, 0, holders[name]) for name, value in sorted(tensors.items())]
         for part in parts:
             atom = self.atoms[part.name]
             may_be_cast = any(fnmatchcase(part.name, pattern) for pattern in cast)
@@ -119,17 +122,14 @@ class Checkpoint:
         return parts
 
 
-def _of_others(mine: Collection[str], there: Collection[str], group: Group) -> set[str]:
-    """Names of the checkpoint that other members of the group have: the stages of a pipeline have each their own."""
-    if group.size == 1:
-        return set()
+def _holders(mine: Collection[str], there: Collection[str], group: Group) -> dict[str, int]:
+    """The names of the checkpoint that somebody in the group has, and how many: the stages of a pipeline have each their own."""
     names = sorted(there)
-    return {
-        name for name, has in zip(names, group.highest([int(n in mine) for n in names]), strict=True) if has
-    }
+    counts = group.summed([int(name in mine) for name in names])
+    return {name: count for name, count in zip(names, counts, strict=True) if count}
 
 
-def _how_to_cast(part: Held, atom: Atom) -> str:
+def _how_to_cast(part: Held, atom: IndexAtom) -> str:
     return f"; to load it as {part.dtype}, name it in cast=" if part.shape == atom.shape else ""
 
 

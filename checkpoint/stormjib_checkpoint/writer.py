@@ -75,7 +75,7 @@ def record_of(
 
 def _with_digests(atom: Atom, digests: Mapping[int, str]) -> Atom:
     """An atom whose boxes say their digests, which are told by where in the file a box begins."""
-    boxes = tuple(replace(box, digest=digests[box.start]) for box in atom.boxes)
+    boxes = tuple(box._replace(digest=digests[box.start]) for box in atom.boxes)
     return replace(atom, boxes=boxes)
 
 

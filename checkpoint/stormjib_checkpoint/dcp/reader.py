@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
     from torch.futures import Future
 
-    from stormjib_checkpoint.format import Atom, ResumePoint
+    from stormjib_checkpoint.format import ResumePoint
+    from stormjib_checkpoint.index import IndexAtom
     from stormjib_checkpoint.records import Json
     from stormjib_checkpoint.storage import Storage
 
@@ -133,13 +134,13 @@ def _of_step(storage: Storage, step: int) -> ResumePoint:
     return found
 
 
-def _tensor(atom: Atom) -> TensorStorageMetadata:
+def _tensor(atom: IndexAtom) -> TensorStorageMetadata:
     chunks = [ChunkStorageMetadata(torch.Size(one.offset), torch.Size(one.shape)) for one in atom.boxes]
     properties = TensorProperties(dtype=DTYPES[atom.dtype])
     return TensorStorageMetadata(properties, torch.Size(atom.shape), chunks)
 
 
-def _part(item: ReadItem, target: torch.Tensor, atom: Atom) -> Held:
+def _part(item: ReadItem, target: torch.Tensor, atom: IndexAtom) -> Held:
     """What an item asks for, in the coordinates of the whole tensor."""
     chunk = item.storage_index.offset or torch.Size([0] * len(atom.shape))
     offset = tuple(one + other for one, other in zip(chunk, item.storage_offsets, strict=True))

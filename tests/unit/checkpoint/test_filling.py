@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+from fakes.indices import index_of
 from stormjib_checkpoint import digest
 from stormjib_checkpoint.boxes import Box
 from stormjib_checkpoint.errors import DamagedCheckpoint
 from stormjib_checkpoint.filling import FREE_BYTES, Filling, Memory, Sink, parts, pieces
-from stormjib_checkpoint.format import Atom, DataFile, StoredBox
+from stormjib_checkpoint.format import AtomRow, DataFile, StoredBox
 from stormjib_checkpoint.pieces import piece_digest
 from stormjib_checkpoint.plan import Cut, FilePlan, Read, Target, plan
 from stormjib_checkpoint.tensors import memory
@@ -100,8 +101,9 @@ def test_short_rows_come_to_their_place_and_add_up(columns: slice) -> None:
     stored = torch.arange(40 * 9, dtype=torch.float32).reshape(40, 9)
     source = StoredBox(0, (0, 0), (40, 9), 0, 40 * 9 * 4)
     box = Box((0, columns.start), (40, columns.stop - columns.start))
-    atoms = {"w": Atom("F32", (40, 9), (source,))}
-    (planned,) = plan([Target("w", box)], atoms, request=4)
+    (planned,) = plan(
+        [Target("w", box)], index_of({"w": AtomRow("F32", (40, 9), (source,))}).atoms, request=4
+    )
     assert len(planned.rows) == 1
     target = torch.zeros(box.shape)
     sink = Sink([Memory(memory(target), target.data_ptr(), "F32", (40, 9))])
@@ -143,7 +145,7 @@ def test_other_threads_stop_where_one_has_found_damage() -> None:
             return super().read_into(offset, buffer)
 
     stopped: list[bool] = []
-    file = Held(b"?" + data[1:], 1)
+    file = Held(bytes([data[0] ^ 1]) + data[1:], 1)
     filling = Filling(file, pieces(every(box, len(data)), described, 0), sink, damaged)
     with pytest.raises(DamagedCheckpoint):
         filling.run(2)
