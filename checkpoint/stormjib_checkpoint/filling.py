@@ -11,10 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+from numpy.lib.stride_tricks import as_strided
+
 from stormjib_checkpoint import digest
 from stormjib_checkpoint.format import ITEM_BYTES
 from stormjib_checkpoint.pieces import piece_digest
-from stormjib_checkpoint.plan import Cut, Read, Rows, divided
+from stormjib_checkpoint.plan import Cut, Read, Strip, divided
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,8 +32,6 @@ FREE_BYTES = 64 * 1024
 """From this length on a copy lets the other threads go on; below, that would cost more than the copy."""
 BLOCK_BYTES = 1024 * 1024
 """Read and then digested at once: small enough for a processor's own cache."""
-ROWS_BYTES = 4 * 1024 * 1024
-"""Of short runs that one thread reads before it digests them."""
 
 
 class Memory(NamedTuple):
@@ -58,15 +59,7 @@ class Piece(NamedTuple):
     digest: str
 
 
-class Part(NamedTuple):
-    """Some of the rows of a box."""
-
-    rows: Rows
-    begin: int
-    end: int
-
-
-Work = Read | Piece | Part
+Work = Read | Piece | Strip
 
 
 def pieces(plan: FilePlan, data: DataFile, head_bytes: int) -> Iterator[Piece]:
@@ -78,24 +71,13 @@ def pieces(plan: FilePlan, data: DataFile, head_bytes: int) -> Iterator[Piece]:
         start = number * size
         return Piece(Read(start, min(size, data.bytes - start), cuts), data.pieces[number])
 
-    cuts = [
-        *(cut for read in plan.reads for cut in read.cuts),
-        *(cut for rows in plan.rows for cut in rows.cuts()),
-    ]
+    cuts = [cut for read in plan.reads for cut in read.cuts]
+    cuts += [cut for strip in plan.strips for cut in strip.cuts()]
     ordered = sorted(divided(cuts, size), key=lambda cut: cut.start)
     wanted = {number: list(some) for number, some in groupby(ordered, key=lambda cut: cut.start // size)}
     heads = range(head_bytes // size)
     for number in sorted({*heads, *wanted}):
         yield piece(number, wanted.get(number, []))
-
-
-def parts(plan: FilePlan) -> Iterator[Work]:
-    """The plan as it is: nothing is read but what is wanted, and what lies between."""
-    yield from plan.reads
-    for rows in plan.rows:
-        step = max(1, ROWS_BYTES // rows.row_bytes)
-        for begin in range(0, len(rows.starts), step):
-            yield Part(rows, begin, min(begin + step, len(rows.starts)))
 
 
 class Sink:
@@ -134,23 +116,41 @@ class Sink:
             address, first = memory.address + into + at, cut.first + at // size
             self._note(cut.target, cut.source.box, address, first, len(block) // size)
 
-    def rows(self, part: Part, get: Callable[[int, memoryview], None], buffer: _Buffer) -> None:
-        """Have short runs read one after the other into one memory, in which they are what both boxes share, row by row."""
-        rows, memory = part.rows, self._memories[part.rows.target]
-        size, length = ITEM_BYTES[memory.dtype], rows.row_bytes
-        starts, intos = rows.starts[part.begin : part.end].tolist(), rows.into[part.begin : part.end].tolist()
-        count = len(starts)
-        together = intos[-1] - intos[0] == (count - 1) * rows.length
-        if together:
-            at = intos[0] * size
-            view, address = memory.view[at : at + count * length], memory.address + at
-        else:
-            view, address = buffer.of(count * length)
-        for number, start in enumerate(starts):
-            get(start, view[number * length : (number + 1) * length])
-        self._note(rows.target, rows.shared, address, part.begin * rows.length, count * rows.length)
-        for number, into in enumerate(intos) if not together else ():
-            memory.view[into * size : into * size + length] = view[number * length : (number + 1) * length]
+    def runs(self, strip: Strip, get: Callable[[int, memoryview], None], buffer: _Buffer) -> None:
+        """Have the runs of a strip read one by one."""
+        view, address = self._place(strip) or buffer.of(strip.rows * strip.run)
+        for row in range(strip.rows):
+            start = strip.start + row * strip.row_bytes + strip.skip
+            get(start, view[row * strip.run : (row + 1) * strip.run])
+        self._put_runs(strip, view, address)
+
+    def rows(self, strip: Strip, view: memoryview) -> None:
+        """Take the runs of a strip out of its rows."""
+        self.gathered(strip, runs_of(view, strip.rows, strip.skip, strip.run))
+
+    def gathered(self, strip: Strip, runs: memoryview) -> None:
+        """Take the runs of a strip, which lie one after the other."""
+        self._put_runs(strip, runs, ctypes.addressof(ctypes.c_char.from_buffer(runs)))
+
+    def _place(self, strip: Strip) -> tuple[memoryview, int] | None:
+        """The place of the runs in the target, where they lie there one after the other."""
+        memory = self._memories[strip.target]
+        size = ITEM_BYTES[memory.dtype]
+        if strip.into_step * size != strip.run:
+            return None
+        at = strip.into * size
+        return memory.view[at : at + strip.rows * strip.run], memory.address + at
+
+    def _put_runs(self, strip: Strip, view: memoryview, address: int) -> None:
+        memory = self._memories[strip.target]
+        size = ITEM_BYTES[memory.dtype]
+        self._note(strip.target, strip.shared, address, strip.first, strip.rows * strip.run // size)
+        place = self._place(strip)
+        if place is not None and place[1] == address:
+            return
+        target = np.frombuffer(memory.view, dtype=np.uint8)[strip.into * size :]
+        spread = as_strided(target, (strip.rows, strip.run), (strip.into_step * size, 1))
+        spread[:] = np.frombuffer(view, dtype=np.uint8).reshape(strip.rows, strip.run)
 
     def _note(self, target: int, box: Box, address: int, first: int, count: int) -> None:
         memory = self._memories[target]
@@ -187,8 +187,8 @@ class Filling:
             raise
 
     def _do(self, work: Work, buffer: _Buffer) -> None:
-        if isinstance(work, Part):
-            return self._sink.rows(work, self._get, buffer)
+        if isinstance(work, Strip):
+            return self._do_strip(work, buffer)
         read, proof = (work.read, work.digest) if isinstance(work, Piece) else (work, None)
         if proof is None and len(read.cuts) == 1 and read.length == read.cuts[0].length:
             return self._sink.straight(read.cuts[0], self._get)
@@ -198,9 +198,22 @@ class Filling:
             raise self._damage(read.start, read.start + read.length)
         self._sink.put(read, view, address)
 
+    def _do_strip(self, strip: Strip, buffer: _Buffer) -> None:
+        if not strip.whole:
+            return self._sink.runs(strip, self._get, buffer)
+        view, _ = buffer.of(strip.length)
+        self._get(strip.start, view)
+        self._sink.rows(strip, view)
+
     def _get(self, start: int, view: memoryview) -> None:
         if self._file.read_into(start, view) != len(view):
             raise self._damage(start, start + len(view))
+
+
+def runs_of(view: memoryview, rows: int, skip: int, run: int) -> memoryview:
+    """The same part of each row, one after the other."""
+    runs = np.frombuffer(view, dtype=np.uint8).reshape(rows, -1)[:, skip : skip + run]
+    return runs.flatten().data
 
 
 class _Buffer:

@@ -14,7 +14,7 @@ from stormjib_checkpoint import layout
 from stormjib_checkpoint.boxes import Box, flaw, slabs
 from stormjib_checkpoint.errors import DamagedCheckpoint, MissingCheckpoint, NotThere, StateMismatch
 from stormjib_checkpoint.exchange import Exchange, span_of
-from stormjib_checkpoint.filling import Filling, Memory, Sink, parts, pieces
+from stormjib_checkpoint.filling import Filling, Memory, Sink, pieces
 from stormjib_checkpoint.format import ITEM_BYTES
 from stormjib_checkpoint.overlap import clash, put, shared
 from stormjib_checkpoint.plan import Target, plan
@@ -193,7 +193,9 @@ class Loading:
 
     def _read_file(self, file: FilePlan, sink: Sink) -> None:
         with self._opened(file.rank) as opened:
-            Filling(opened, parts(file), sink, self._damage(file.rank)).run(self._storage.writers)
+            Filling(opened, [*file.reads, *file.strips], sink, self._damage(file.rank)).run(
+                self._storage.writers
+            )
 
     def _read_carefully(self, file: FilePlan, sink: Sink, *, near: bool) -> None:
         work = list(pieces(file, self._step.rank(file.rank).data, self._index.head_bytes(file.rank)))

@@ -6,19 +6,16 @@ Each rank plans for itself, from the index alone and without a word to the other
 from __future__ import annotations
 
 from collections import defaultdict
+from itertools import product
 from math import prod
 from operator import attrgetter
 from typing import TYPE_CHECKING, NamedTuple
-
-import numpy as np
 
 from stormjib_checkpoint.boxes import Box, contiguous_from, intersect
 from stormjib_checkpoint.format import ITEM_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
-
-    from numpy.typing import NDArray
 
     from stormjib_checkpoint.format import StoredBox
     from stormjib_checkpoint.index import IndexAtom
@@ -66,27 +63,42 @@ class Read(NamedTuple):
     cuts: list[Cut]
 
 
-class Rows(NamedTuple):
-    """Many short runs that one target wants of one stored box: part of each of its rows."""
+class Strip(NamedTuple):
+    """Many short runs that one target wants of one stored box: the same part of each of some of its rows."""
 
     target: int
     source: StoredBox
     shared: Box
-    """What both have, in the coordinates of the atom. Its elements, row by row, are those of the runs."""
-    length: int
-    """Elements of a run."""
-    starts: NDArray[np.int64]
-    """Byte of the file at which each begins."""
-    into: NDArray[np.int64]
-    """Element of the target at which each begins."""
+    """What both boxes have, in the coordinates of the atom. Its elements, row by row, are those of the runs."""
+    first: int
+    """Number in `shared` of the first element of these runs."""
+    into: int
+    """And in the target."""
+    into_step: int
+    """Elements of the target from one run to the next."""
+    rows: int
+    start: int
+    """Byte of the file at which the first row begins. Who wants another part of the rows has the same."""
     row_bytes: int
+    skip: int
+    """Bytes of each row before the run."""
+    run: int
+    """Bytes of a run."""
+    whole: bool
+    """The rows are read whole: that is less work than a request for each run."""
+
+    @property
+    def length(self) -> int:
+        """Bytes of the rows."""
+        return self.rows * self.row_bytes
 
     def cuts(self) -> Iterator[Cut]:
         """Its runs, one by one."""
-        size = self.row_bytes // self.length
-        for start, into in zip(self.starts.tolist(), self.into.tolist(), strict=True):
-            first = (start - self.source.start) // size
-            yield Cut(self.target, self.source, first, into, start, self.row_bytes)
+        size = (self.source.end - self.source.start) // self.source.box.volume
+        for row in range(self.rows):
+            start = self.start + row * self.row_bytes + self.skip
+            first, into = (start - self.source.start) // size, self.into + row * self.into_step
+            yield Cut(self.target, self.source, first, into, start, self.run)
 
 
 class FilePlan(NamedTuple):
@@ -94,7 +106,7 @@ class FilePlan(NamedTuple):
 
     rank: int
     reads: list[Read]
-    rows: list[Rows]
+    strips: list[Strip]
 
 
 class Cost(NamedTuple):
@@ -104,70 +116,99 @@ class Cost(NamedTuple):
     read: int
     requests: int
 
-    @property
-    def amplification(self) -> float:
-        """Bytes read for each byte wanted."""
-        return self.read / self.needed if self.needed else 1.0
-
 
 def plan(
     targets: Sequence[Target], atoms: Mapping[str, IndexAtom], request: int, span: int = SPAN
 ) -> list[FilePlan]:
-    """The reads that fill all targets, by file. `request`: so many bytes take as long to read as one more request; none is longer than `span`."""
+    """The reads that fill all targets, by file. `request`: so many bytes take as long to read as one more request; none is longer than
+    `span`, but for a single row."""
     cuts: defaultdict[int, list[Cut]] = defaultdict(list)
-    rows: defaultdict[int, list[Rows]] = defaultdict(list)
+    strips: defaultdict[int, list[Strip]] = defaultdict(list)
     for number, target in enumerate(targets):
         atom = atoms[target.atom]
         size = ITEM_BYTES[atom.dtype]
         for source in atom.meeting(target.box):
-            found = _runs(number, source, target.box, size, request)
-            if isinstance(found, Rows):
-                rows[source.rank].append(found)
+            shared = intersect(source.box, target.box)
+            if shared is None:
+                continue
+            runs = _Runs(number, source, target.box, shared, size)
+            if runs.are_many:
+                strips[source.rank] += runs.strips(request, span)
             else:
-                cuts[source.rank] += found
+                cuts[source.rank] += runs.cuts()
     return [
-        FilePlan(rank, [*coalesced(cuts[rank], request, span)], rows[rank])
-        for rank in sorted(cuts.keys() | rows.keys())
+        FilePlan(rank, [*coalesced(cuts[rank], request, span)], strips[rank])
+        for rank in sorted(cuts.keys() | strips.keys())
     ]
 
 
 def cost(file: FilePlan) -> Cost:
     """What the reads of one file cost."""
-    strided = sum(len(rows.starts) * rows.row_bytes for rows in file.rows)
+    runs = sum(strip.rows * strip.run for strip in file.strips)
     return Cost(
-        sum(cut.length for read in file.reads for cut in read.cuts) + strided,
-        sum(read.length for read in file.reads) + strided,
-        len(file.reads) + sum(len(rows.starts) for rows in file.rows),
+        sum(cut.length for read in file.reads for cut in read.cuts) + runs,
+        sum(read.length for read in file.reads)
+        + sum(strip.length if strip.whole else strip.rows * strip.run for strip in file.strips),
+        len(file.reads) + sum(1 if strip.whole else strip.rows for strip in file.strips),
     )
 
 
-def _runs(number: int, source: StoredBox, target: Box, size: int, request: int) -> list[Cut] | Rows:
-    """What a target wants of a stored box."""
-    shared = intersect(source.box, target)
-    if shared is None:
-        return []
-    cut = contiguous_from(shared, source.box, target)
-    length, count = prod(shared.shape[cut:]), prod(shared.shape[:cut])
-    if count == 1:
-        first, into = _index(source.box, shared.offset), _index(target, shared.offset)
-        return [Cut(number, source, first, into, source.start + first * size, length * size)]
-    firsts, intos = _starts(source.box, shared, cut), _starts(target, shared, cut)
-    gap = int(firsts[1] - firsts[0] - length) * size
-    if count > FEW and length * size < SPAN // WASTE and gap > request:
-        return Rows(number, source, shared, length, source.start + firsts * size, intos, length * size)
-    return [
-        Cut(number, source, first, into, source.start + first * size, length * size)
-        for first, into in zip(firsts.tolist(), intos.tolist(), strict=True)
-    ]
+class _Runs:
+    """What a target and a stored box have in common, as runs that are contiguous in both."""
 
+    def __init__(self, target: int, source: StoredBox, box: Box, shared: Box, size: int) -> None:
+        self._target, self._source, self._box, self._shared, self._size = target, source, box, shared, size
+        self._dims = contiguous_from(shared, source.box, box)
+        """Before which a run has one element."""
+        self._length = prod(shared.shape[self._dims :])
 
-def _starts(box: Box, shared: Box, cut: int) -> NDArray[np.int64]:
-    """Row-major numbers in `box` at which the runs of `shared` begin: one for each of its points in the dimensions before `cut`."""
-    starts = np.array([_index(box, shared.offset)], dtype=np.int64)
-    for dim in range(cut):
-        steps = np.arange(shared.shape[dim], dtype=np.int64) * prod(box.shape[dim + 1 :])
-        starts = (starts[:, None] + steps).reshape(-1)
-    return starts
+    @property
+    def are_many(self) -> bool:
+        """Too many, and too short, to be read one by one."""
+        count = self._shared.volume // self._length
+        return count > FEW and self._length * self._size < SPAN // WASTE
+
+    def cuts(self) -> Iterator[Cut]:
+        """One by one."""
+        for point in self._points(self._dims):
+            first, into = _index(self._source.box, point), _index(self._box, point)
+            start = self._source.start + first * self._size
+            yield Cut(self._target, self._source, first, into, start, self._length * self._size)
+
+    def strips(self, request: int, span: int) -> Iterator[Strip]:
+        """Rows along the last dimension before the runs: from one to the next it is equally far, in the file and in the target."""
+        box, shared, dim = self._source.box, self._shared, self._dims - 1
+        row = prod(box.shape[dim + 1 :])
+        row_bytes, run = row * self._size, self._length * self._size
+        skip = _index(box, (*box.offset[: dim + 1], *shared.offset[dim + 1 :])) * self._size
+        most = max(1, span // row_bytes)
+        for number, point in enumerate(self._points(dim)):
+            start = self._source.start + _index(box, point) * self._size - skip
+            for at in range(0, shared.shape[dim], most):
+                rows = min(most, shared.shape[dim] - at)
+                step = prod(self._box.shape[dim + 1 :])
+                yield Strip(
+                    self._target,
+                    self._source,
+                    shared,
+                    (number * shared.shape[dim] + at) * self._length,
+                    _index(self._box, point) + at * step,
+                    step,
+                    rows,
+                    start + at * row_bytes,
+                    row_bytes,
+                    skip,
+                    run,
+                    whole=row_bytes - run <= request,
+                )
+
+    def _points(self, dims: int) -> Iterator[tuple[int, ...]]:
+        """Where the runs, or rows of them, begin: all points in the first dimensions, each with the first one in the others."""
+        ranges = (
+            range(o, o + s)
+            for o, s in zip(self._shared.offset[:dims], self._shared.shape[:dims], strict=True)
+        )
+        return ((*head, *self._shared.offset[dims:]) for head in product(*ranges))
 
 
 def _index(box: Box, point: Sequence[int]) -> int:
@@ -202,15 +243,10 @@ def divided(cuts: Sequence[Cut], span: int) -> Iterator[Cut]:
         if cut.start // span == (cut.end - 1) // span:
             yield cut
             continue
-        size = cut.length // _count(cut)
+        size = (cut.source.end - cut.source.start) // cut.source.box.volume
         at = cut.start
         while at < cut.end:
             upto = min(cut.end, (at // span + 1) * span)
             before = (at - cut.start) // size
             yield cut._replace(first=cut.first + before, into=cut.into + before, start=at, length=upto - at)
             at = upto
-
-
-def _count(cut: Cut) -> int:
-    """Elements of a cut: its source box says how many bytes one has."""
-    return cut.length * cut.source.box.volume // (cut.source.end - cut.source.start)

@@ -10,35 +10,47 @@ from collections import defaultdict
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Sequence
+    from collections.abc import Collection, Iterator, Mapping, Sequence
 
 MANY = 3
 """From so many ranks on it is quicker to hand bytes on than to read them again; for two it is not (Orbax: 0.79x at 2, 4.9x at 32)."""
 
 
 class Key(NamedTuple):
-    """A request: the rank whose file it is of, the first byte, and how many."""
+    """Bytes of a file: the rank whose file it is, the first byte, and how many."""
 
     rank: int
     start: int
     length: int
 
 
+class Runs(NamedTuple):
+    """What is wanted of them: the same part of each of some equal rows. All of them are one row."""
+
+    rows: int
+    skip: int
+    run: int
+
+    @property
+    def length(self) -> int:
+        return self.rows * self.run
+
+
 class Handing(NamedTuple):
-    """What one member of the group reads for others."""
+    """What one member of the group reads for others, and what each of them is to get of it."""
 
     key: Key
     owner: int
-    receivers: tuple[int, ...]
+    receivers: dict[int, Runs]
 
 
-def handings(wishes: Sequence[Collection[Key]], near: Sequence[Collection[int]]) -> list[Handing]:
+def handings(wishes: Sequence[Mapping[Key, Runs]], near: Sequence[Collection[int]]) -> list[Handing]:
     """What is read by one and handed on, in the order of the files. Member i wants `wishes[i]`, and has the files of the ranks
     `near[i]` in its node's memory. All else everybody reads by itself."""
-    wanting: defaultdict[Key, list[int]] = defaultdict(list)
-    for member, keys in enumerate(wishes):
-        for key in keys:
-            wanting[key].append(member)
+    wanting: defaultdict[Key, dict[int, Runs]] = defaultdict(dict)
+    for member, wanted in enumerate(wishes):
+        for key, runs in wanted.items():
+            wanting[key][member] = runs
     having: defaultdict[int, list[int]] = defaultdict(list)
     for member, ranks in enumerate(near):
         for rank in ranks:
@@ -46,19 +58,23 @@ def handings(wishes: Sequence[Collection[Key]], near: Sequence[Collection[int]])
     load = [0] * len(wishes)
     found = []
     for key in sorted(wanting, key=lambda key: (-key.length, key)):
-        owners, receivers = _sides(wanting[key], having.get(key.rank, []))
+        owners, receivers = _sides(key, wanting[key], having.get(key.rank, []))
         if receivers:
             owner = min(owners, key=lambda member: (load[member], member))
             load[owner] += key.length
-            found.append(Handing(key, owner, tuple(one for one in receivers if one != owner)))
-    return sorted(found)
+            others = {member: wanting[key][member] for member in receivers if member != owner}
+            found.append(Handing(key, owner, others))
+    return sorted(found, key=lambda one: one.key)
 
 
-def _sides(wanting: Sequence[int], having: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
+def _sides(
+    key: Key, wanting: Mapping[int, Runs], having: Sequence[int]
+) -> tuple[Collection[int], Collection[int]]:
     """Who may read it, and who is to get it then; nobody where each reads for itself."""
     if having:
         return having, [member for member in wanting if member not in having]
-    return wanting, wanting if len(wanting) >= MANY else []
+    in_parts = any(runs.length < key.length for runs in wanting.values())
+    return wanting, wanting if len(wanting) >= (2 if in_parts else MANY) else ()
 
 
 def rounds(all_: Sequence[Handing], members: int, window: int) -> Iterator[list[Handing]]:
@@ -67,7 +83,7 @@ def rounds(all_: Sequence[Handing], members: int, window: int) -> Iterator[list[
     of_owner: defaultdict[int, list[Handing]] = defaultdict(list)
     for one in all_:
         of_owner[one.owner].append(one)
-    left = [iter(_packed(some, quota)) for _, some in sorted(of_owner.items())]
+    left = [_packed(some, quota) for _, some in sorted(of_owner.items())]
     while left:
         now = [next(packs, None) for packs in left]
         left = [packs for packs, pack in zip(left, now, strict=True) if pack is not None]

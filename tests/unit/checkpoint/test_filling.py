@@ -14,7 +14,7 @@ from fakes.indices import index_of
 from stormjib_checkpoint import digest
 from stormjib_checkpoint.boxes import Box
 from stormjib_checkpoint.errors import DamagedCheckpoint
-from stormjib_checkpoint.filling import FREE_BYTES, Filling, Memory, Sink, parts, pieces
+from stormjib_checkpoint.filling import FREE_BYTES, Filling, Memory, Sink, pieces
 from stormjib_checkpoint.format import AtomRow, DataFile, StoredBox
 from stormjib_checkpoint.pieces import piece_digest
 from stormjib_checkpoint.plan import Cut, FilePlan, Read, Target, plan
@@ -86,7 +86,7 @@ def test_every_byte_comes_to_its_place_whoever_reads_it(threads: int, careful: b
     ]
     plan = FilePlan(0, reads, [])
     file = File(data, threads)
-    Filling(file, pieces(plan, described, 0) if careful else parts(plan), sink, damaged).run(threads)
+    Filling(file, pieces(plan, described, 0) if careful else plan.reads, sink, damaged).run(threads)
     assert bytes(memory(target)) == data
     if careful:
         assert sorted(file.read) == list(range(PIECES)), "each piece once"
@@ -95,19 +95,20 @@ def test_every_byte_comes_to_its_place_whoever_reads_it(threads: int, careful: b
     assert sum(one.elements for one in sink.digests) == len(data)
 
 
+@pytest.mark.parametrize("request_bytes", [4, 1000])
 @pytest.mark.parametrize("columns", [slice(0, 3), slice(4, 9)])
-def test_short_rows_come_to_their_place_and_add_up(columns: slice) -> None:
-    """A target that is part of each row of what was stored: in memory of its own, and in part of the rows of a wider one."""
+def test_short_runs_come_to_their_place_and_add_up(columns: slice, request_bytes: int) -> None:
+    """Part of each row of what was stored: run by run, and whole rows."""
     stored = torch.arange(40 * 9, dtype=torch.float32).reshape(40, 9)
     source = StoredBox(0, (0, 0), (40, 9), 0, 40 * 9 * 4)
     box = Box((0, columns.start), (40, columns.stop - columns.start))
     (planned,) = plan(
-        [Target("w", box)], index_of({"w": AtomRow("F32", (40, 9), (source,))}).atoms, request=4
+        [Target("w", box)], index_of({"w": AtomRow("F32", (40, 9), (source,))}).atoms, request_bytes
     )
-    assert len(planned.rows) == 1
+    assert len(planned.strips) == 1
     target = torch.zeros(box.shape)
     sink = Sink([Memory(memory(target), target.data_ptr(), "F32", (40, 9))])
-    Filling(File(bytes(memory(stored))), parts(planned), sink, damaged).run(2)
+    Filling(File(bytes(memory(stored))), planned.strips, sink, damaged).run(2)
     assert torch.equal(target, stored[:, columns])
     expected = digest.partial(target.data_ptr(), "F32", digest.geometry((40, 9), box), 0, target.numel())
     assert sum(one.digest for one in sink.digests) % 2**64 == expected
@@ -131,7 +132,7 @@ def test_a_file_that_ends_early_is_damaged() -> None:
     data, _ = content()
     _, sink, box = target_of(data)
     with pytest.raises(DamagedCheckpoint):
-        Filling(File(data[:-1]), parts(every(box, len(data))), sink, damaged).run(1)
+        Filling(File(data[:-1]), every(box, len(data)).reads, sink, damaged).run(1)
 
 
 def test_other_threads_stop_where_one_has_found_damage() -> None:

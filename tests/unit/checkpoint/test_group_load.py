@@ -142,8 +142,16 @@ def test_a_store_is_asked_for_few_large_pieces() -> None:
     """Where a request costs as much as a megabyte, what lies between is read too."""
     atoms = {f"model.{i}": filled((40, 64), torch.float32, i) for i in range(6)}
     saved = Saved(Mesh((1,), (0,)), atoms, request_bytes=1 << 20)
-    saved.load(Mesh((2,), (1,)))
+    saved.load(Mesh((2,), (0,)))
     assert saved.storage.requests == 2, "one for each rank"
+
+
+def test_what_short_runs_of_two_ranks_lie_in_is_read_once_for_both() -> None:
+    atoms = {f"model.{i}": filled((40, 64), torch.float32, i) for i in range(6)}
+    saved = Saved(Mesh((1,), (0,)), atoms, request_bytes=1 << 20)
+    handed = saved.load(Mesh((2,), (1,)))
+    assert saved.storage.bytes_read == nbytes(atoms)
+    assert sum(handed) == nbytes(atoms) // 2
 
 
 @pytest.mark.parametrize(
