@@ -139,15 +139,15 @@ def bare(cut: Cut, shapes: Shapes, root: str, source: Cut, state: State) -> None
     files = sorted(Path(root).rglob("*.safetensors"))
     total, world, rank = sum(f.stat().st_size for f in files), dist.get_world_size(), dist.get_rank()
     at, end = total * rank // world, total * (rank + 1) // world
-    memories = [memory(value.to_local()) for value in state.values() if value.to_local().numel()]
-    spots = ((memory, i) for memory in memories for i in range(0, len(memory), 16 << 20))
+    rooms = [memory(value.to_local()) for value in state.values() if value.to_local().numel()]
+    spots = ((room, i) for room in rooms for i in range(0, len(room), 16 << 20))
     begin = 0
     for path in files:
         size = path.stat().st_size
         with open(path, "rb", buffering=0) as file:
             while at < min(end, begin + size):
-                memory, i = next(spots, (memories[0], 0))
-                view = memory[i : i + min(16 << 20, end - at, begin + size - at)]
+                room, i = next(spots, (rooms[0], 0))
+                view = room[i : i + min(16 << 20, end - at, begin + size - at)]
                 at += os.preadv(file.fileno(), [view], at - begin)
         begin += size
 
