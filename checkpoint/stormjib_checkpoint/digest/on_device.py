@@ -38,11 +38,18 @@ def _sum(kind: str) -> Sum:
     try:
         from stormjib_checkpoint.digest import fused
 
-        fused.total(torch.zeros(16, dtype=torch.uint8, device=kind), words("F32"), Geometry((4,), (1,), 0), 0)
+        _check(fused.total, kind)
     except (ImportError, RuntimeError, OSError, subprocess.CalledProcessError) as error:
         _log.warning("digests on the GPU take several passes over its memory: %s", error)
         return blockwise
     return fused.total
+
+
+def _check(total: Sum, kind: str) -> None:
+    """Have it compiled, which needs what may not be there. Raises RuntimeError where it is wrong."""
+    elements, box = torch.arange(64, dtype=torch.uint8, device=kind), Geometry((2, 8), (9000, 1), 2**32)
+    if total(elements, words("F32"), box, 0) != blockwise(elements, words("F32"), box, 0):
+        raise RuntimeError("the compiled kernel computes something else")
 
 
 def blockwise(elements: torch.Tensor, made_of: Words, box: Geometry, first: int) -> torch.Tensor:

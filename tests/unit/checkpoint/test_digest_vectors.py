@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import json
+import logging
 import re
+import sys
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -105,6 +107,17 @@ def test_published_values_from_two_stretches(
         low = by(vector, 0, middle, data[: middle * size])
         high = by(vector, middle, count - middle, data[middle * size :])
         assert digest.text(digest.add([low, high])) == vector.digest, vector
+
+
+def test_where_a_gpus_kernel_cannot_be_made_plain_operations_sum_up(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    on_device._sum.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        assert on_device._sum("cuda") is on_device.blockwise
+    on_device._sum.cache_clear()
+    assert "several passes" in caplog.text
 
 
 def test_every_type_and_size_has_some() -> None:
