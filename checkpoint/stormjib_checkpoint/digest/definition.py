@@ -7,6 +7,7 @@ the whole, unsharded atom gives it. A word that changes changes the sum by less 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -47,6 +48,7 @@ class Row(NamedTuple):
     digest: str
 
 
+@functools.cache
 def words(dtype: str) -> Words:
     """The words of an element of this type tag."""
     size = ITEM_BYTES[dtype]

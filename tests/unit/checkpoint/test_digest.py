@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from stormjib_checkpoint import digest
 from stormjib_checkpoint.boxes import Box, whole
 from stormjib_checkpoint.digest import Row, native, twin
-from stormjib_checkpoint.digest.definition import weight, words
+from stormjib_checkpoint.digest.definition import mix, weight, words
 from stormjib_checkpoint.format import ITEM_BYTES
 
 if TYPE_CHECKING:
@@ -72,6 +72,7 @@ def boxes(draw: st.DrawFn) -> Case:
 
 @given(boxes(), st.randoms(use_true_random=False), st.integers(0, 7))
 def test_kernel_and_twin_compute_what_is_written(case: Case, random: Random, lead: int) -> None:
+    """§12.1, §12.2, §12.3"""
     dtype, shape, box = case
     data = random.randbytes(box.volume * ITEM_BYTES[dtype])
     geometry = digest.geometry(shape, box)
@@ -118,7 +119,7 @@ def pieces(box: Box, random: Random) -> Iterator[Box]:
 @given(st.sampled_from(DTYPES), SHAPES, st.randoms(use_true_random=False))
 @settings(deadline=None)
 def test_the_boxes_of_any_partition_add_up(dtype: str, shape: tuple[int, ...], random: Random) -> None:
-    """§4.8"""
+    """§4.8, §12.5"""
     size, atom = ITEM_BYTES[dtype], whole(shape)
     data = random.randbytes(atom.volume * size)
     parts = [
@@ -162,7 +163,14 @@ def test_without_the_compiled_kernel_digests_are_slow_and_not_wrong(
     assert "install gcc" in caplog.text
 
 
+def test_weights_are_those_of_splitmix64() -> None:
+    """§12.4: its first numbers with the seed 0, as others have published them."""
+    assert [mix(z) for z in (1, 2, 3)] == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
+    assert weight(2 * 4096 + 3) == (mix(3) | 1) * (mix(2**63 + 2) | 1) % 2**64
+
+
 def test_a_digest_is_sixteen_digits() -> None:
+    """§12.1"""
     assert digest.text(255) == "00000000000000ff"
     assert digest.number("00000000000000ff") == 255
 
