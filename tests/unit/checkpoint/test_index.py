@@ -75,6 +75,15 @@ def test_it_finds_the_boxes_that_meet_another(records: list[RankFile], data: st.
         assert sorted(found) == [box for box in boxes if intersect(box.box, wanted) is not None]
 
 
+def test_cells_of_two_dimensions_are_numbered_row_major() -> None:
+    """§13.2"""
+    boxes = [Box((row, column), (2, 1)) for row in (0, 2) for column in (0, 1, 2)]
+    index = opened(records_of({"a": Cut("F32", (4, 3), tuple(enumerate(boxes)))}, [PAGE] * 6))
+    assert [box.rank for box in index.atoms["a"].meeting(Box((1, 1), (2, 2)))] == [1, 2, 4, 5]
+    assert [box.box for box in index.atoms["a"].meeting(Box((3, 0), (9, 2)))] == [boxes[3], boxes[4]]
+    assert index.atoms["a"].meeting(Box((1, 1), (0, 2))) == []
+
+
 @given(parts(), st.data())
 def test_it_knows_what_lies_where_in_a_file(records: list[RankFile], data: st.DataObject) -> None:
     index = opened(records)
@@ -160,6 +169,10 @@ def test_a_grid_has_each_cell_once() -> None:
     twice = Cut("F32", (2, 2), ((0, Box((0, 0), (1, 2))), (1, Box((0, 0), (1, 2)))))
     with pytest.raises(Inconsistent, match=r"hold a exactly once: boxes \[0:1\]x\[0:2\] and .* overlap"):
         index_of(records_of({"a": twice}, [PAGE, PAGE]), "step")
+    quarter = [Box((at // 2, at % 2), (1, 1)) for at in (0, 1, 2, 2)]
+    thrice = Cut("F32", (2, 2), tuple(enumerate(quarter)))
+    with pytest.raises(Inconsistent, match=r"hold a exactly once: boxes .* overlap"):
+        index_of(records_of({"a": thrice}, [PAGE] * 4), "step")
     hole = Cut("F32", (3, 2), ((0, Box((0, 0), (1, 2))), (1, Box((2, 0), (1, 2)))))
     with pytest.raises(Inconsistent, match="hold a exactly once: 4 of 6 elements are there"):
         index_of(records_of({"a": hole}, [PAGE, PAGE]), "step")
@@ -200,6 +213,7 @@ HUGE = 10**12
         ({"shape": [4]}, None),
         ({"shape": [0, 2]}, "which grid 0 does not cut"),
         ({"shape": []}, "which grid 0 does not cut"),
+        ({"shape": [4, 0]}, "which grid 0 does not cut"),
         ({"digest": "0"}, "not 16 hexadecimal digits"),
         ({"dtype": "F31"}, "unknown dtype"),
     ],
