@@ -1,47 +1,144 @@
 """The index of a step, made of what its ranks say: they must agree, and together hold every tensor exactly once. Pure.
 
-Nobody tells how a tensor was cut: a grid is found again in the boxes of all ranks, and taken where it gives back the very same ones.
+Nobody tells how a tensor was cut: a grid is found again in the boxes of all ranks, and taken where it gives back the very same ones. Records
+are added one by one and none is kept: those of many ranks with thousands of tensors would fill gigabytes.
 """
 
 from __future__ import annotations
 
+from array import array
+from itertools import chain
+from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
 from stormjib_checkpoint.boxes import Box, flaw
 from stormjib_checkpoint.errors import Inconsistent
-from stormjib_checkpoint.format import AtomRow, AtomsFile, box_key, file_order
+from stormjib_checkpoint.format import ITEM_BYTES, AtomRow, AtomsFile, StoredBox, box_key, file_order
 from stormjib_checkpoint.grids import Held, equal_runs, fit
 from stormjib_checkpoint.records import canonical
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-    from stormjib_checkpoint.format import RankFile, StoredBox
+    from stormjib_checkpoint.format import Atom, RankFile
     from stormjib_checkpoint.grids import Grid
     from stormjib_checkpoint.records import Json
 
 
-def index_of(ranks: Sequence[RankFile], place: str) -> AtomsFile:
-    """`atoms.json` of all ranks' records; `place` is named in errors. Raises Inconsistent."""
-    first = ranks[0]
-    _check_equal(ranks, place)
-    ties, absent = _ties(ranks, place), _absent(ranks, place)
-    rows, grids = _rows(_atoms(ranks, place), place, all(_is_in_order(record) for record in ranks))
-    heads = equal_runs([_head(record) for record in ranks]) if grids else None
-    return AtomsFile(first.step, first.generation, rows, ties, absent, first.scalars, grids or None, heads)
+def index_of(ranks: Iterable[RankFile], place: str) -> AtomsFile:
+    """`atoms.json` of all ranks' records, in the order of their ranks; `place` is named in errors. Raises Inconsistent."""
+    indexing = Indexing(place)
+    for record in ranks:
+        indexing.add(record)
+    return indexing.index()
 
 
-def _check_equal(ranks: Sequence[RankFile], place: str) -> None:
-    first, scalars = ranks[0], canonical(ranks[0].scalars)
-    for record in ranks[1:]:
+class Indexing:
+    """The index of the ranks whose records have been added."""
+
+    def __init__(self, place: str) -> None:
+        """`place` is named in errors."""
+        self._place = place
+        self._first: RankFile | None = None
+        self._scalars = b""
+        self._ties: dict[str, tuple[int, str]] = {}
+        self._absent: set[str] = set()
+        self._atoms: dict[str, _Whole] = {}
+        self._cuttings = _Cuttings()
+        self._heads: list[int] = []
+        self._in_order = True
+
+    def add(self, record: RankFile) -> None:
+        """The record of the next rank. Raises Inconsistent where it does not go with those before it."""
+        if self._first is None:
+            self._first, self._scalars = record, canonical(record.scalars)
+        self._check_equal(record, self._first)
+        self._add_ties(record)
+        self._absent.update(record.absent)
+        for name, atom in record.atoms.items():
+            self._add_atom(record.rank, name, atom)
+        self._heads.append(_head(record))
+        self._in_order = self._in_order and _is_in_order(record)
+
+    def index(self) -> AtomsFile:
+        """The record of the whole step. Raises Inconsistent where the ranks do not hold every atom exactly once."""
+        if self._first is None:
+            raise Inconsistent(f"{self._place}: no rank has a record")
+        self._check_absent(self._first)
+        rows, grids = self._rows()
+        return AtomsFile(
+            self._first.step,
+            self._first.generation,
+            rows,
+            {name: atom for name, (_, atom) in self._ties.items() if name != atom},
+            tuple(sorted(self._absent)),
+            self._first.scalars,
+            grids or None,
+            equal_runs(self._heads) if grids else None,
+        )
+
+    def _check_equal(self, record: RankFile, first: RankFile) -> None:
         if record.attempt != first.attempt:
             raise Inconsistent(
-                f"{place}: rank {record.rank} wrote in attempt {record.attempt!r}, rank 0 in {first.attempt!r}; "
+                f"{self._place}: rank {record.rank} wrote in attempt {record.attempt!r}, rank 0 in {first.attempt!r}; "
                 "ranks were restarted in between, so the parts do not belong together"
             )
-        if canonical(record.scalars) != scalars:
+        if canonical(record.scalars) != self._scalars:
             key = min(k for k, _ in {*_texts(record.scalars)} ^ {*_texts(first.scalars)})
-            raise Inconsistent(f"{place}: {key} differs between rank 0 and rank {record.rank}")
+            raise Inconsistent(f"{self._place}: {key} differs between rank 0 and rank {record.rank}")
+
+    def _add_ties(self, record: RankFile) -> None:
+        """Names of atoms may go by another name. Ranks that know a name must agree on what it is."""
+        for name, atom in chain(record.ties.items(), zip(record.atoms, record.atoms, strict=True)):
+            known = self._ties.get(name)
+            if known is None:
+                self._ties[name] = (record.rank, atom)
+            elif known[1] != atom:
+                raise Inconsistent(
+                    f"{self._place}: to rank {known[0]} {name} is the tensor {known[1]}, to rank {record.rank} {atom}; a "
+                    "tensor must be shared on all ranks that hold it, or on none"
+                )
+
+    def _add_atom(self, rank: int, name: str, atom: Atom) -> None:
+        whole = self._atoms.get(name)
+        if whole is None:
+            whole = self._atoms[name] = _Whole(atom.dtype, atom.shape)
+        if whole.shape != atom.shape or whole.dtype != atom.dtype:
+            raise Inconsistent(
+                f"{self._place}: rank {rank} has {name} as {atom.dtype} {list(atom.shape)}, "
+                f"another rank as {whole.dtype} {list(whole.shape)}"
+            )
+        for box in sorted(atom.boxes) if len(atom.boxes) > 1 else atom.boxes:
+            whole.boxes.append(self._cuttings.number(Held(*box[:3])))
+            whole.starts.append(box.start)
+            if whole.digest is not None:
+                whole.digest = None if box.digest is None else whole.digest + int(box.digest, 16)
+
+    def _check_absent(self, first: RankFile) -> None:
+        """What one rank has is to no other rank absent."""
+        there = {name: rank for name, (rank, _) in self._ties.items()} | dict.fromkeys(first.scalars, 0)
+        for name, rank in there.items() if self._absent else ():
+            if name in self._absent or name.rpartition(".")[0] in self._absent:
+                raise Inconsistent(f"{self._place}: rank {rank} has {name}; to another rank it is absent")
+
+    def _rows(self) -> tuple[dict[str, AtomRow], tuple[Grid, ...]]:
+        """The rows of the index, and the grids that they name."""
+        numbers: dict[Grid, int] = {}
+        rows = {}
+        for name, whole in sorted(self._atoms.items()):
+            cutting = self._cuttings.of(whole)
+            if cutting.flaw is not None:
+                raise Inconsistent(
+                    f"{self._place}: the ranks do not hold {name} exactly once: {cutting.flaw}"
+                )
+            form, digest = (whole.dtype, whole.shape), whole.told_digest
+            # Where bytes lie follows from what lies there only in files that are in order.
+            if cutting.grid is not None and self._in_order:
+                number = numbers.setdefault(cutting.grid, len(numbers))
+                rows[name] = AtomRow(*form, None, number, cutting.lowest, digest)
+            else:
+                rows[name] = AtomRow(*form, self._cuttings.stored(whole), digest=digest)
+        return rows, tuple(numbers)
 
 
 def _texts(scalars: Mapping[str, Json]) -> Iterator[tuple[str, bytes]]:
@@ -49,58 +146,28 @@ def _texts(scalars: Mapping[str, Json]) -> Iterator[tuple[str, bytes]]:
     return ((key, canonical(value)) for key, value in scalars.items())
 
 
-class _Whole(NamedTuple):
-    """An atom, with the boxes of all ranks."""
+class _Whole:
+    """An atom as it comes together, in 16 bytes a box."""
 
-    dtype: str
-    shape: tuple[int, ...]
-    boxes: list[StoredBox]
+    __slots__ = ("boxes", "digest", "dtype", "shape", "starts")
 
+    def __init__(self, dtype: str, shape: tuple[int, ...]) -> None:
+        self.dtype, self.shape = dtype, shape
+        self.boxes = array("q")
+        """Numbers of its boxes, by rank, then by offset."""
+        self.starts = array("q")
+        """Where each begins in the file of its rank."""
+        self.digest: int | None = 0
+        """Sum of the partial digests of its boxes. None where one has none."""
 
-def _atoms(ranks: Iterable[RankFile], place: str) -> dict[str, _Whole]:
-    """The atoms of all ranks. Raises Inconsistent where two differ about one."""
-    found: dict[str, _Whole] = {}
-    for record in ranks:
-        for name, atom in record.atoms.items():
-            whole = found.get(name)
-            if whole is None:
-                whole = found[name] = _Whole(atom.dtype, atom.shape, [])
-            if whole.shape != atom.shape or whole.dtype != atom.dtype:
-                raise Inconsistent(
-                    f"{place}: rank {record.rank} has {name} as {atom.dtype} {list(atom.shape)}, "
-                    f"another rank as {whole.dtype} {list(whole.shape)}"
-                )
-            whole.boxes.extend(atom.boxes)
-    return found
-
-
-def _rows(
-    atoms: Mapping[str, _Whole], place: str, in_order: bool
-) -> tuple[dict[str, AtomRow], tuple[Grid, ...]]:
-    """The rows of the index, and the grids that they name. `in_order`: where bytes lie follows from what lies there, as grids need it.
-
-    Raises Inconsistent where an atom is not tiled exactly once.
-    """
-    cuttings = _Cuttings()
-    numbers: dict[Grid, int] = {}
-    rows = {}
-    for name, (dtype, shape, boxes) in sorted(atoms.items()):
-        cutting = cuttings.of(shape, boxes)
-        if cutting.flaw is not None:
-            raise Inconsistent(f"{place}: the ranks do not hold {name} exactly once: {cutting.flaw}")
-        digest = _sum(boxes)
-        if cutting.grid is not None and in_order:
-            number = numbers.setdefault(cutting.grid, len(numbers))
-            rows[name] = AtomRow(dtype, shape, None, number, cutting.lowest, digest)
-        else:
-            rows[name] = AtomRow(
-                dtype, shape, tuple(box._replace(digest=None) for box in sorted(boxes)), digest=digest
-            )
-    return rows, tuple(numbers)
+    @property
+    def told_digest(self) -> str | None:
+        return None if self.digest is None else f"{self.digest % 2**64:016x}"
 
 
 class _Cutting(NamedTuple):
-    """How an atom is cut: a grid, whose cells tile it however many there are; other boxes, which need a look; or not exactly once."""
+    """How an atom is cut: a grid, whose cells tile it however many there are; other boxes, which were looked at one by one; or not exactly
+    once."""
 
     grid: Grid | None
     lowest: int
@@ -108,18 +175,33 @@ class _Cutting(NamedTuple):
 
 
 class _Cuttings:
-    """Found once for all atoms that are cut alike: of a large model, a handful for thousands of them."""
+    """How atoms are cut: found once for all that are cut alike, which are nearly all of thousands in a large model."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple[tuple[int, ...], tuple[Held, ...]], _Cutting] = {}
+        self._numbers: dict[Held, int] = {}
+        self._held: list[Held] = []
+        self._known: dict[tuple[tuple[int, ...], bytes], _Cutting] = {}
 
-    def of(self, shape: tuple[int, ...], boxes: Iterable[StoredBox]) -> _Cutting:
-        """How an atom of this shape is cut into `boxes`."""
-        held = tuple([Held(*box[:3]) for box in boxes])
-        known = self._known.get((shape, held))
+    def number(self, held: Held) -> int:
+        """One number for equal boxes on one rank."""
+        number = self._numbers.setdefault(held, len(self._held))
+        if number == len(self._held):
+            self._held.append(held)
+        return number
+
+    def of(self, whole: _Whole) -> _Cutting:
+        """How an atom is cut."""
+        key = (whole.shape, whole.boxes.tobytes())
+        known = self._known.get(key)
         if known is None:
-            known = self._known[shape, held] = _cutting(shape, held)
+            known = self._known[key] = _cutting(whole.shape, [self._held[number] for number in whole.boxes])
         return known
+
+    def stored(self, whole: _Whole) -> tuple[StoredBox, ...]:
+        """The boxes of an atom."""
+        item = ITEM_BYTES[whole.dtype]
+        pairs = zip((self._held[number] for number in whole.boxes), whole.starts, strict=True)
+        return tuple(StoredBox(*held, start, start + prod(held.shape) * item) for held, start in pairs)
 
 
 def _cutting(shape: tuple[int, ...], held: Sequence[Held]) -> _Cutting:
@@ -129,14 +211,10 @@ def _cutting(shape: tuple[int, ...], held: Sequence[Held]) -> _Cutting:
     return _Cutting(None, 0, flaw(shape, [Box(box.offset, box.shape) for box in held]))
 
 
-def _sum(boxes: Iterable[StoredBox]) -> str | None:
-    """The digest of an atom: partial digests of its boxes add up to it. None where one has none."""
-    digest = 0
-    for box in boxes:
-        if box.digest is None:
-            return None
-        digest += int(box.digest, 16)
-    return f"{digest % 2**64:016x}"
+def _head(record: RankFile) -> int:
+    """Where the tensors begin in a rank's data file; its length where it has none."""
+    starts = (box.start for atom in record.atoms.values() for box in atom.boxes)
+    return min(starts, default=record.data.bytes)
 
 
 def _is_in_order(record: RankFile) -> bool:
@@ -153,34 +231,3 @@ def _in_file(record: RankFile) -> Iterator[tuple[tuple[int, str], StoredBox]]:
     for name, atom in record.atoms.items():
         for ordinal, box in enumerate(sorted(atom.boxes)):
             yield file_order(atom.dtype, box_key(name, ordinal)), box
-
-
-def _head(record: RankFile) -> int:
-    """Where the tensors begin in a rank's data file; its length where it has none."""
-    starts = (box.start for atom in record.atoms.values() for box in atom.boxes)
-    return min(starts, default=record.data.bytes)
-
-
-def _ties(ranks: Iterable[RankFile], place: str) -> dict[str, str]:
-    """Names of atoms that go by another name. Ranks that know a name must agree on what it is. Raises Inconsistent."""
-    ties: dict[str, tuple[int, str]] = {}
-    for record in ranks:
-        for name, atom in (record.ties | {name: name for name in record.atoms}).items():
-            first, known = ties.setdefault(name, (record.rank, atom))
-            if known != atom:
-                raise Inconsistent(
-                    f"{place}: to rank {first} {name} is the tensor {known}, to rank {record.rank} {atom}; a tensor must "
-                    "be shared on all ranks that hold it, or on none"
-                )
-    return {name: atom for name, (_, atom) in ties.items() if name != atom}
-
-
-def _absent(ranks: Iterable[RankFile], place: str) -> tuple[str, ...]:
-    """What no rank has. Raises Inconsistent where one has it."""
-    ranks = tuple(ranks)
-    absent = {name for record in ranks for name in record.absent}
-    for record in ranks:
-        for name in (*record.atoms, *record.ties, *record.scalars):
-            if name in absent or name.rpartition(".")[0] in absent:
-                raise Inconsistent(f"{place}: rank {record.rank} has {name}; to another rank it is absent")
-    return tuple(sorted(absent))

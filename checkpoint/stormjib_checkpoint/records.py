@@ -56,6 +56,8 @@ def check_text(text: str, where: str) -> None:
 
 
 def _is_unicode(text: str) -> bool:
+    if text.isascii():
+        return True
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -243,17 +245,18 @@ def _record(kind: Any, value: Json) -> Any:
     if type(value) is not dict:
         raise _Wrong(f" is {shown(value)}; wanted an object")
     readers, optional = _fields(kind)
-    missing = readers.keys() - value.keys() - optional
+    known = {}
+    key = ""
+    try:
+        for key, read in readers.items():
+            if key in value:
+                known[key] = read(value[key])
+    except _Wrong as wrong:
+        wrong.places.append(f": {key}")
+        raise
+    missing = readers.keys() - known.keys() - optional if len(known) < len(readers) else ()
     if missing:
         raise _Wrong(f" lacks {min(missing)}")
-    known = {}
-    for key, read in readers.items():
-        if key in value:
-            try:
-                known[key] = read(value[key])
-            except _Wrong as wrong:
-                wrong.places.append(f": {key}")
-                raise
     try:
         return kind(**known)
     except ValueError as error:
@@ -276,8 +279,11 @@ def _items(value: Json) -> list[Json]:
 
 
 def _integers(value: Json) -> tuple[int, ...]:
-    """The long lists: sample ids."""
-    return tuple([_scalar(int, item) for item in _items(value)])
+    """Offsets and shapes, which are many, and sample ids, of which there are many in one list."""
+    for item in _items(value):
+        if type(item) is not int or not 0 <= item <= MAX_INTEGER:
+            _scalar(int, item)
+    return tuple(value)
 
 
 def _tuple(read: _Reader, value: Json) -> tuple[Any, ...]:
