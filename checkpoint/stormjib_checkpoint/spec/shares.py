@@ -1,0 +1,68 @@
+"""How many things are dealt out over the ranks of a mesh axis: which stretch each of them gets. Pure."""
+
+from __future__ import annotations
+
+from itertools import groupby, pairwise
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+Uneven = Literal["ceil", "front"]
+"""`ceil`: as torch.chunk, late ranks get less or nothing. `front`: all alike, but for the first ones, which get one more."""
+Stretch = tuple[int, int]
+
+
+class Span(NamedTuple):
+    """Elements from `start` to `end` along a dimension, as one rank holds them: on how many ranks they are, and whether it is the first."""
+
+    start: int
+    end: int
+    copies: int = 1
+    primary: bool = True
+
+    def moved(self, by: int) -> Span:
+        """The same, `by` elements further on."""
+        return self._replace(start=self.start + by, end=self.end + by)
+
+
+def stretches(count: int, ranks: int, uneven: Uneven) -> list[Stretch]:
+    """What each rank gets of `count` things."""
+    if uneven == "ceil":
+        size = -(-count // ranks)
+        return [(min(size * rank, count), min(size * (rank + 1), count)) for rank in range(ranks)]
+    least, more = divmod(count, ranks)
+    starts = [least * rank + min(rank, more) for rank in range(ranks + 1)]
+    return list(pairwise(starts))
+
+
+def spans(length: int, unit: int, ranks: int, uneven: Uneven, cover: int | None) -> list[list[Span]]:
+    """What each rank holds of `length` elements that are never cut inside a `unit` of them.
+
+    With `cover` it is so many other things that are dealt out, and each rank holds the units that its things need: key-value heads of
+    which there are fewer than ranks are then held by several. Raises ValueError where `unit` does not divide `length`.
+    """
+    if length % unit:
+        raise ValueError(f"{length} elements are no whole number of units of {unit}")
+    units = length // unit
+    if cover is None:
+        return [[Span(a * unit, b * unit)] for a, b in stretches(units, ranks, uneven)]
+    needed = [
+        (a * units // cover, -(-b * units // cover)) if a < b else (0, 0)
+        for a, b in stretches(cover, ranks, uneven)
+    ]
+    return [_of_rank(rank, needed, unit) for rank in range(ranks)]
+
+
+def _of_rank(rank: int, needed: Sequence[Stretch], unit: int) -> list[Span]:
+    """The units of one rank, put together where the same number of ranks holds them."""
+    found = []
+    for (copies, primary), run in groupby(range(*needed[rank]), lambda one: _held(one, rank, needed)):
+        ordered = list(run)
+        found.append(Span(ordered[0] * unit, (ordered[-1] + 1) * unit, copies, primary))
+    return found
+
+
+def _held(unit: int, rank: int, needed: Sequence[Stretch]) -> tuple[int, bool]:
+    holders = [other for other, (a, b) in enumerate(needed) if a <= unit < b]
+    return len(holders), rank == holders[0]
