@@ -17,11 +17,11 @@ Array = np.ndarray[Any, np.dtype[Any]]
 PADDING = -1
 
 
-def numbered(atoms: Mapping[str, tuple[int, ...]]) -> dict[str, Array]:
-    """Every element of every atom has a number of its own."""
-    found, begin = {}, 0
+def numbered(atoms: Mapping[str, tuple[int, ...]], begin: int = 1) -> dict[str, Array]:
+    """Every element of every atom has a number of its own; scalars have one together, as the steps of an optimizer have."""
+    found = {}
     for name, shape in atoms.items():
-        found[name] = np.arange(begin, begin + prod(shape)).reshape(shape)
+        found[name] = np.arange(begin, begin + prod(shape)).reshape(shape) if shape else np.array(0)
         begin += prod(shape)
     return found
 

@@ -141,7 +141,7 @@ def test_a_flat_stretch_is_few_boxes(shape: tuple[int, ...], data: st.DataObject
 def test_gate_and_up_are_cut_each_by_itself() -> None:
     rule = {"match": "w13", "parts": {"dim": 0, "of": [1, 1]}, "shard": [{"tp": "parts"}]}
     layout = laid(spec(rule), {"tp": 2}, model__w13=(8, 1))
-    full = numbered(layout.atoms)
+    full = numbered(layout.atoms, 0)
     assert [cut(layout, rank, full)["model.w13"][:, 0].tolist() for rank in (0, 1)] == [
         [0, 1, 4, 5],
         [2, 3, 6, 7],
@@ -157,7 +157,7 @@ def test_heads_are_dealt_out_and_their_key_values_are_where_they_are_needed() ->
     }
     layout = laid(spec(rule, sizes={"q": 8, "kv": 2}), {"tp": 3}, model__qkv=(24, 1))
     check(layout)
-    full = numbered(layout.atoms)
+    full = numbered(layout.atoms, 0)
     rows = [cut(layout, rank, full)["model.qkv"][:, 0].tolist() for rank in range(3)]
     assert rows == [
         [*range(6), 16, 17, 20, 21],
@@ -180,7 +180,7 @@ def test_a_pad_that_is_longer_than_the_data_leaves_ranks_with_nothing_else() -> 
 def test_flat_shares_are_as_long_on_all_ranks() -> None:
     then = {"zero": {"over": ["dp"], "of": "all", "buffer": "flat"}}
     layout = laid(spec(then=then), {"dp": 3}, model__a=(3, 3), model__b=(1,))
-    full = numbered(layout.atoms)
+    full = numbered(layout.atoms, 0)
     flat = [cut(layout, rank, full) for rank in range(3)]
     assert [list(one) for one in flat] == [["model.flat"]] * 3
     assert [one["model.flat"].tolist() for one in flat] == [
@@ -241,7 +241,7 @@ def test_queries_keys_and_values_interleaved_by_group() -> None:
         {**views(view), "rules": [rule]}, {"tp": 2}, model__q=(4, 1), model__k=(2, 1), model__v=(2, 1)
     )
     check(layout)
-    full = numbered(layout.atoms)
+    full = numbered(layout.atoms, 0)
     assert [cut(layout, rank, full)["model.qkv"][:, 0].tolist() for rank in (0, 1)] == [
         [0, 1, 4, 6],
         [2, 3, 5, 7],
@@ -250,7 +250,7 @@ def test_queries_keys_and_values_interleaved_by_group() -> None:
 
 def test_rows_are_turned_from_pairs_to_halves() -> None:
     layout = laid(views({"to": "q_proj", "of": ["q"], "rope": 2}), {}, model__q=(8, 1))
-    full = numbered(layout.atoms)
+    full = numbered(layout.atoms, 0)
     assert cut(layout, 0, full)["model.q_proj"][:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
 
 
@@ -259,14 +259,14 @@ def test_layers_are_stacked_and_taken_apart() -> None:
     place = {"over": "pp", "layers": "layers.{i}.**"}
     layout = parse(views({"to": "layers.w", "of": ["layers.{i}.w"]}, place=place)).on({"pp": 2}, shapes)
     check(layout)
-    full = numbered(layout.atoms)
+    full = numbered(layout.atoms, 0)
     halves = [cut(layout, rank, full)["layers.w"] for rank in (0, 1)]
     assert np.array_equal(np.concatenate(halves), np.arange(44).reshape(11, 2, 2))
     back = {"to": "layers.{i}.w", "of": ["layers.w"]}
     apart = parse(views(back, place=place)).on({"pp": 2}, {"layers.w": (11, 2, 2)})
     check(apart)
     assert list(apart.rank(1)) == [f"layers.{i}.w" for i in range(6, 11)]
-    assert np.array_equal(cut(apart, 1, numbered(apart.atoms))["layers.7.w"], full["layers.7.w"])
+    assert np.array_equal(cut(apart, 1, numbered(apart.atoms, 0))["layers.7.w"], full["layers.7.w"])
 
 
 def test_a_scalar_of_a_fused_tensor_is_that_of_each_of_its_parts() -> None:
