@@ -38,7 +38,15 @@ ITEM_BYTES: Mapping[str, int] = {
 }  # fmt: skip
 """Bytes of an element by type tag, as torch has it in memory: an I4 is a byte, and an F4_E2M1_X2 is two numbers."""
 
+RESERVED = "__"
+"""Names of a state do not begin so: those that do are kept for the format."""
+
 _DIGEST = re.compile(r"[0-9a-f]{16}")
+
+
+def box_key(name: str, ordinal: int) -> str:
+    """The key in a rank's data file of its box number `ordinal` of an atom, in the order of their offsets."""
+    return name if ordinal == 0 else f"{RESERVED}box.{ordinal}.{name}"
 
 
 class ResumePoint(NamedTuple):

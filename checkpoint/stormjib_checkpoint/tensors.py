@@ -6,17 +6,19 @@ import sys
 import zlib
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass_type
 
-from stormjib_checkpoint.boxes import Box, part, whole
+from stormjib_checkpoint.boxes import Box, whole
 from stormjib_checkpoint.errors import UnsupportedState
 from stormjib_checkpoint.format import SUB_BYTE
 from stormjib_checkpoint.records import Json
+from stormjib_checkpoint.spec.shares import dealt
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -45,9 +47,27 @@ _BARE = frozenset(dtype for tag, dtype in DTYPES.items() if tag in SUB_BYTE)
 """Types that torch can hold and not copy."""
 
 
+class Cut(NamedTuple):
+    """Where a box lies in a tensor of the state that holds more than it, or lies otherwise."""
+
+    tensor: str
+    """Its name in the state."""
+    shape: tuple[int, ...]
+    start: int
+    """Of the box's first element, in elements of the tensor's own memory."""
+    strides: tuple[int, ...]
+
+    def of(self, local: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+        """The box, of this shape, in the tensor's memory."""
+        return local.as_strided(shape, self.strides, local.storage_offset() + self.start)
+
+
 @dataclass(frozen=True)
 class Held:
-    """One tensor as this rank has it: its box of the whole, the local memory, and whether its copy is the primary."""
+    """A box of a whole tensor as this rank has it: the local memory, whether its copy is the primary, and on how many ranks there is one.
+
+    A rank may have several boxes of one tensor.
+    """
 
     name: str
     dtype: str
@@ -55,6 +75,14 @@ class Held:
     box: Box
     local: torch.Tensor
     primary: bool
+    copies: int
+    cut: Cut | None = None
+    """None where `local` is the tensor that the state has under this name."""
+
+    @property
+    def tensor(self) -> str:
+        """Name of the state's tensor."""
+        return self.cut.tensor if self.cut is not None else self.name
 
     @property
     def identity(self) -> tuple[object, ...]:
@@ -64,44 +92,57 @@ class Held:
 
 def held(name: str, tensor: torch.Tensor, rank: int, world: int) -> Held:
     """What this rank holds of `tensor`. Raises UnsupportedState, which names it."""
+    _refuse_unknown(name, tensor)
+    if isinstance(tensor, DTensor):
+        return _held_shard(name, tensor)
+    local = plain_memory(name, tensor.detach())
+    shape = tuple(tensor.shape)
+    # Every rank has the same plain tensor (a replica): one of them writes it, chosen by name, so that all agree.
+    primary = zlib.crc32(name.encode()) % world == rank
+    return Held(name, TAGS[tensor.dtype], shape, whole(shape), local, primary, world)
+
+
+def _refuse_unknown(name: str, tensor: torch.Tensor) -> None:
     if is_lazy(tensor):
         raise UnsupportedState(f"{name} has no shape yet; let its lazy module run once")
     if tensor.dtype not in TAGS:
         raise UnsupportedState(f"{name} has dtype {tensor.dtype}, which the format cannot hold; convert it")
     if sys.byteorder != "little":
         raise UnsupportedState(f"{name}: this machine is big-endian, and the format is little-endian only")
-    if isinstance(tensor, DTensor):
-        return _held_shard(name, tensor)
-    local = _plain_memory(name, tensor.detach())
-    shape = tuple(tensor.shape)
-    # Every rank has the same plain tensor (a replica): one of them writes it, chosen by name, so that all agree.
-    primary = zlib.crc32(name.encode()) % world == rank
-    return Held(name, TAGS[tensor.dtype], shape, whole(shape), local, primary)
 
 
 def _held_shard(name: str, tensor: DTensor) -> Held:
     shape = tuple(tensor.shape)
-    box, primary = whole(shape), True
+    held_of = [[(0, length)] for length in shape]
+    primary, copies = True, 1
     coordinate = tensor.device_mesh.get_coordinate()
     if coordinate is None:
         raise UnsupportedState(
             f"{name} lives on a mesh that this rank is no part of; leave it out of its state"
         )
     for placement, parts, index in zip(tensor.placements, tensor.device_mesh.shape, coordinate, strict=True):
-        if type(placement) is Shard:
-            box = part(box, placement.dim % len(shape), parts, index)
-        elif isinstance(placement, Replicate):
-            primary = primary and index == 0
+        if isinstance(placement, Replicate):
+            primary, copies = primary and index == 0, copies * parts
+        elif isinstance(placement, (Shard, _StridedShard)):
+            factor = placement.split_factor if isinstance(placement, _StridedShard) else 1
+            dim = placement.dim % len(shape)
+            held_of[dim] = dealt(held_of[dim], int(factor), parts, index)
         else:
             raise UnsupportedState(
                 f"{name} is placed as {placement!r}; only Shard and Replicate can be saved"
             )
-    local = _plain_memory(name, tensor.to_local().detach())
+    if any(len(stretch) > 1 for stretch in held_of):
+        raise UnsupportedState(
+            f"{name}: placements {tensor.placements} leave this rank rows that do not lie together; shard it otherwise"
+        )
+    ends = [stretch[0] if stretch else (0, 0) for stretch in held_of]
+    box = Box(tuple(start for start, _ in ends), tuple(end - start for start, end in ends))
+    local = plain_memory(name, tensor.to_local().detach())
     if tuple(local.shape) != box.shape:
         raise UnsupportedState(
             f"{name}: the local shard has shape {list(local.shape)}; placements {tensor.placements} say {list(box.shape)}"
         )
-    return Held(name, TAGS[tensor.dtype], shape, box, local, primary)
+    return Held(name, TAGS[tensor.dtype], shape, box, local, primary, copies)
 
 
 def local_of(tensor: torch.Tensor) -> torch.Tensor:
@@ -109,7 +150,8 @@ def local_of(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _plain_memory(name: str, local: torch.Tensor) -> torch.Tensor:
+def plain_memory(name: str, local: torch.Tensor) -> torch.Tensor:
+    """The tensor itself. Raises UnsupportedState where it has no memory of its own that could be saved."""
     if local.layout is not torch.strided or local.is_quantized or local.device.type == "meta":
         raise UnsupportedState(
             f"{name} is {local.layout} on {local.device}; only dense tensors with memory can be saved"

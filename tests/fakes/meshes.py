@@ -55,7 +55,7 @@ def held(name: str, atom: torch.Tensor, box: Box, primary: bool) -> Held:
         .clone()
         .view(atom.dtype)
     )
-    return Held(name, TAGS[atom.dtype], tuple(atom.shape), box, local, primary)
+    return Held(name, TAGS[atom.dtype], tuple(atom.shape), box, local, primary, 1)
 
 
 def filled(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> torch.Tensor:

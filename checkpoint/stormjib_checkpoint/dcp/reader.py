@@ -147,7 +147,9 @@ def _part(item: ReadItem, target: torch.Tensor, atom: Atom) -> Held:
     offset = tuple(one + other for one, other in zip(chunk, item.storage_offsets, strict=True))
     dtype = DTYPES[atom.dtype]
     local = target if target.dtype is dtype else torch.empty(tuple(item.lengths), dtype=dtype)
-    return Held(item.storage_index.fqn, atom.dtype, atom.shape, Box(offset, tuple(item.lengths)), local, True)
+    return Held(
+        item.storage_index.fqn, atom.dtype, atom.shape, Box(offset, tuple(item.lengths)), local, True, 1
+    )
 
 
 def _put_object(planner: LoadPlanner, item: ReadItem, value: Json) -> None:

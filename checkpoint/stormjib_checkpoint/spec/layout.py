@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
+from stormjib_checkpoint.boxes import Box
 from stormjib_checkpoint.errors import SpecError
 from stormjib_checkpoint.spec import region as regions
 from stormjib_checkpoint.spec.laying import is_partial, stages_of
@@ -22,7 +23,6 @@ from stormjib_checkpoint.spec.shares import Span, spans, stretches
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from stormjib_checkpoint.boxes import Box
     from stormjib_checkpoint.spec.laying import Laid, Tensor
     from stormjib_checkpoint.spec.naming import Shape
     from stormjib_checkpoint.spec.rules import Cut, View
@@ -219,6 +219,9 @@ class _Rank:
         """`region` is in memory from `begin` on."""
         if is_partial(whole.tensor):
             region = region.as_slice(self.at[whole.tensor.rule.partial])
+        for atom, shape in zip(whole.tensor.atoms, whole.tensor.shapes, strict=True):
+            if not prod(shape):  # without elements, and not to be lost
+                yield Patch(atom, Box((0,) * len(shape), shape), 0, (0,) * len(shape), False, 1)
         steps = regions.strides(region.shape)
         free = [axis for axis in self.laid.mesh if axis not in (*whole.cut_over, self.laid.stage_axis)]
         for piece in region.pieces:

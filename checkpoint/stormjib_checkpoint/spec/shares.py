@@ -6,7 +6,7 @@ from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 Uneven = Literal["ceil", "front"]
 """`ceil`: as torch.chunk, late ranks get less or nothing. `front`: all alike, but for the first ones, which get one more."""
@@ -66,3 +66,28 @@ def _of_rank(rank: int, needed: Sequence[Stretch], unit: int) -> list[Span]:
 def _held(unit: int, rank: int, needed: Sequence[Stretch]) -> tuple[int, bool]:
     holders = [other for other, (a, b) in enumerate(needed) if a <= unit < b]
     return len(holders), rank == holders[0]
+
+
+def dealt(held_of: Sequence[Stretch], factor: int, parts: int, index: int) -> list[Stretch]:
+    """What part `index` has of what is held along a dimension, where each of `factor` chunks of it is dealt out by itself.
+
+    FSDP over tensor parallelism is such: what the inner axis will take is shared out before it is taken (torch's `_StridedShard`).
+    """
+    found: list[Stretch] = []
+    for begin, end in stretches(sum(b - a for a, b in held_of), factor, "ceil"):
+        start, stop = stretches(end - begin, parts, "ceil")[index]
+        for one in _between(held_of, begin + start, begin + stop):
+            if found and found[-1][1] == one[0]:
+                found[-1] = (found[-1][0], one[1])
+            else:
+                found.append(one)
+    return found
+
+
+def _between(held_of: Sequence[Stretch], start: int, stop: int) -> Iterator[Stretch]:
+    """Some of what is held, counted from its beginning."""
+    for begin, end in held_of:
+        a, b = max(begin, begin + start), min(end, begin + stop)
+        if a < b:
+            yield a, b
+        start, stop = start - (end - begin), stop - (end - begin)

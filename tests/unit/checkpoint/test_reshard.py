@@ -84,5 +84,5 @@ def test_column_cuts_and_views_are_filled_in_place() -> None:
     backing = torch.zeros(8, 6)
     part = held("w", atom, whole((6, 8)), True)
     view = backing.t()
-    checkpoint.fill_parts([type(part)(part.name, part.dtype, part.shape, part.box, view, True)])
+    checkpoint.fill_parts([type(part)(part.name, part.dtype, part.shape, part.box, view, True, 1)])
     assert raw(backing.t()) == raw(atom)

@@ -171,15 +171,15 @@ def test_an_atom_of_more_than_2_31_elements(tmp_path: Path) -> None:
     shape = (HUGE + 5,)
     ends = filled((5,), torch.uint8, 1)
     first = Held(
-        "w", "U8", shape, Box((0,), (HUGE,)), torch.empty(HUGE, dtype=torch.uint8, device="meta"), True
+        "w", "U8", shape, Box((0,), (HUGE,)), torch.empty(HUGE, dtype=torch.uint8, device="meta"), True, 1
     )
     leave_sparse(storage, tmp_path, first)
-    last = Held("w", "U8", shape, Box((HUGE,), (5,)), ends, True)
+    last = Held("w", "U8", shape, Box((HUGE,), (5,)), ends, True, 1)
     save_parts(storage, Part(1, GenerationId(1, 1), 1, 2), [last], {}, {}, {})
     checkpoint = Checkpoint(storage, commit_step(storage, "1.1", 2, 1))
     assert checkpoint.atoms["w"].nbytes == HUGE + 5
     across = torch.full((9,), 7, dtype=torch.uint8)
-    checkpoint.fill_parts([Held("w", "U8", shape, Box((HUGE - 4,), (9,)), across, True)])
+    checkpoint.fill_parts([Held("w", "U8", shape, Box((HUGE - 4,), (9,)), across, True, 1)])
     assert raw(across) == bytes(4) + raw(ends)
 
 
