@@ -23,6 +23,8 @@ from stormjib_checkpoint.spec.shares import dealt
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from torch.distributed.tensor.placement_types import Placement
+
 Value = torch.Tensor | Json
 """A state is a mapping of names to tensors (also DTensors), `ABSENT`, and other values that `objects` can write."""
 
@@ -112,37 +114,56 @@ def _refuse_unknown(name: str, tensor: torch.Tensor) -> None:
 
 
 def _held_shard(name: str, tensor: DTensor) -> Held:
-    shape = tuple(tensor.shape)
-    held_of = [[(0, length)] for length in shape]
-    primary, copies = True, 1
-    coordinate = tensor.device_mesh.get_coordinate()
+    shape, mesh = tuple(tensor.shape), tensor.device_mesh
+    coordinate = mesh.get_coordinate()
     if coordinate is None:
         raise UnsupportedState(
             f"{name} lives on a mesh that this rank is no part of; leave it out of its state"
         )
-    for placement, parts, index in zip(tensor.placements, tensor.device_mesh.shape, coordinate, strict=True):
-        if isinstance(placement, Replicate):
-            primary, copies = primary and index == 0, copies * parts
-        elif isinstance(placement, (Shard, _StridedShard)):
-            factor = placement.split_factor if isinstance(placement, _StridedShard) else 1
-            dim = placement.dim % len(shape)
-            held_of[dim] = dealt(held_of[dim], int(factor), parts, index)
-        else:
-            raise UnsupportedState(
-                f"{name} is placed as {placement!r}; only Shard and Replicate can be saved"
-            )
-    if any(len(stretch) > 1 for stretch in held_of):
-        raise UnsupportedState(
-            f"{name}: placements {tensor.placements} leave this rank rows that do not lie together; shard it otherwise"
-        )
-    ends = [stretch[0] if stretch else (0, 0) for stretch in held_of]
-    box = Box(tuple(start for start, _ in ends), tuple(end - start for start, end in ends))
     local = plain_memory(name, tensor.to_local().detach())
+    box, primary, copies = placed(name, shape, tensor.placements, mesh.shape, coordinate)
+    if tuple(local.shape) != box.shape:
+        # FSDP cuts what tensor parallelism has left, and what it then says of uneven lengths is not always true.
+        inner_first = [Shard(p.dim) if isinstance(p, _StridedShard) else p for p in tensor.placements[::-1]]
+        box, primary, copies = placed(name, shape, inner_first, mesh.shape[::-1], coordinate[::-1])
     if tuple(local.shape) != box.shape:
         raise UnsupportedState(
             f"{name}: the local shard has shape {list(local.shape)}; placements {tensor.placements} say {list(box.shape)}"
         )
     return Held(name, TAGS[tensor.dtype], shape, box, local, primary, copies)
+
+
+def placed(
+    name: str,
+    shape: Sequence[int],
+    placements: Sequence[Placement],
+    mesh: Sequence[int],
+    coordinate: Sequence[int],
+) -> tuple[Box, bool, int]:
+    """What a rank of a mesh has of a DTensor: its box, whether it is the primary copy, and how many copies there are.
+
+    Raises UnsupportedState, which names the tensor.
+    """
+    along = [[(0, length)] for length in shape]
+    primary, copies = True, 1
+    for placement, parts, index in zip(placements, mesh, coordinate, strict=True):
+        if isinstance(placement, Replicate):
+            primary, copies = primary and index == 0, copies * parts
+        elif isinstance(placement, (Shard, _StridedShard)):
+            factor = int(placement.split_factor) if isinstance(placement, _StridedShard) else 1
+            dim = placement.dim % len(shape)
+            along[dim] = dealt(along[dim], factor, parts, index)
+        else:
+            raise UnsupportedState(
+                f"{name} is placed as {placement!r}; only Shard and Replicate can be saved"
+            )
+    if any(len(stretches) > 1 for stretches in along):
+        raise UnsupportedState(
+            f"{name}: placements {placements} leave this rank stretches that do not lie together; shard it otherwise"
+        )
+    ends = [stretches[0] if stretches else (0, 0) for stretches in along]
+    box = Box(tuple(start for start, _ in ends), tuple(end - start for start, end in ends))
+    return box, primary, copies
 
 
 def local_of(tensor: torch.Tensor) -> torch.Tensor:
