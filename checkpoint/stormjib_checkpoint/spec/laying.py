@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,30 +18,33 @@ if TYPE_CHECKING:
     from stormjib_checkpoint.spec.rules import Kind, Then
     from stormjib_checkpoint.spec.spec import Spec
 
+_NO_RULE = Rule("")
+"""Copies everywhere."""
+
 
 @dataclass(frozen=True)
 class Tensor:
     """A tensor of the layout: a weight, or one state of it."""
 
-    family: Family
+    name: str
     source: Source
     rule: Rule
     kind: Kind
     then: Then | None
+    buffer: str
+    """The flat tensor that it is a part of; empty where it is one by itself."""
+    is_state: bool
+    atoms: tuple[str, ...]
+    """That it is made of."""
     shapes: tuple[Shape, ...]
-    """Of the atoms that it is made of."""
     weights: tuple[Shape, ...]
-    """Of those of its parameter: where a state has one element and the parameter more, nothing is cut."""
+    """Shapes of those of its parameter: where a state has one element and the parameter more, nothing is cut."""
+    stages: tuple[frozenset[int], ...]
+    """That have elements of each atom."""
+    form: int
+    """Equal where all is, but for names and stages."""
     turn: int
-    """Counts the tensors that are never cut, so that they can be dealt out."""
-
-    @property
-    def name(self) -> str:
-        return self.family.name(self.source.bare)
-
-    @property
-    def atoms(self) -> tuple[str, ...]:
-        return tuple(self.family.name(bare) for bare in self.source.of)
+    """Its number among the tensors of its family: those that are never cut are dealt out by it."""
 
     @property
     def slice(self) -> int | None:
@@ -48,10 +52,21 @@ class Tensor:
         return self.source.number if self.kind != "scalar" else None
 
     @property
+    def is_partial(self) -> bool:
+        """Whether each rank has values of its own."""
+        return bool(self.rule.partial) and self.kind != "scalar"
+
+    @property
     def shown(self) -> str:
         """For errors."""
-        return (
-            f"rule {self.rule.match!r}, {self.name}, made of shapes {[list(shape) for shape in self.shapes]}"
+        rule = f"rule {self.rule.match!r}" if self.rule.match else "no rule"
+        return f"{rule}, {self.name}, made of shapes {[list(shape) for shape in self.shapes]}"
+
+    def reduced(self, dim: int) -> bool:
+        """Whether it has one element along a dimension of its atoms, and its parameter more."""
+        return any(
+            dim < len(shape) and shape[dim] == 1 and weight[dim] != 1
+            for shape, weight in zip(self.shapes, self.weights, strict=True)
         )
 
 
@@ -63,11 +78,12 @@ class Laid:
     numbers: Mapping[str, int]
     """Sizes and mesh axes by name."""
     tensors: tuple[Tensor, ...]
-    stages: Stages
     stage_axis: str
     """Empty where there are no stages."""
     holders: Mapping[tuple[str, int | None], tuple[int, ...]]
     """The stages that have elements of an atom, or of one slice of it."""
+    shared: frozenset[str]
+    """Atoms that several tensors hold."""
     atoms: Mapping[str, Shape]
     """As they are stored: those whose values differ from rank to rank have one more dimension, in front."""
 
@@ -78,24 +94,15 @@ def laid(spec: Spec, mesh: Mapping[str, int], shapes: Mapping[str, Sequence[int]
     grouped = families(shapes)
     weights = grouped.get(Family(MODEL, ""), {}) | grouped.get(Family("", ""), {})
     found = sources(spec.views, spec.ties, weights)
-    rules = _rules(spec, found)
-    tensors = tuple(
-        tensor
-        for family, of_family in grouped.items()
-        for tensor in _of_family(spec, family, of_family, found, rules, weights)
-    )
     axis = spec.place.over if spec.place is not None else ""
     bare = dict.fromkeys([*weights, *(source.bare for source in found)])
     stages = Stages(spec.place, known[axis] if axis else 1, bare)
-    return Laid(
-        known,
-        {**spec.sizes, **known},
-        tensors,
-        stages,
-        axis,
-        _holders(tensors, stages),
-        _stored(tensors, known),
-    )
+    making = _Making(spec, weights, found, _rules(spec, found), stages)
+    tensors = tuple(tensor for family, there in grouped.items() for tensor in making.of_family(family, there))
+    numbers = {**spec.sizes, **known}
+    holding = Counter(atom for tensor in tensors for atom in tensor.atoms)
+    shared = frozenset(atom for atom, count in holding.items() if count > 1)
+    return Laid(known, numbers, tensors, axis, _holders(tensors), shared, _stored(tensors, known))
 
 
 def _mesh(spec: Spec, mesh: Mapping[str, int]) -> dict[str, int]:
@@ -119,45 +126,78 @@ def _rules(spec: Spec, found: Sequence[Source]) -> dict[str, Rule]:
             raise SpecError(
                 f"{source.bare} is matched by two rules, {first.match!r} and {second.match!r}; make one of them narrower"
             )
-        of[source.bare] = of[source.tie] if source.tie else (*matching, Rule(source.bare))[0]
+        of[source.bare] = of[source.tie] if source.tie else (*matching, _NO_RULE)[0]
+    used = set(map(id, of.values()))
     for rule in spec.rules:
-        if rule not in of.values():
+        if id(rule) not in used:
             raise SpecError(f"rule {rule.match!r} is unused: no tensor is called so; take it out, or mend it")
     return of
 
 
-def _of_family(
-    spec: Spec,
-    family: Family,
-    shapes: Mapping[str, Shape],
-    found: Sequence[Source],
-    rules: Mapping[str, Rule],
-    weights: Mapping[str, Shape],
-) -> list[Tensor]:
-    kind = _kind(spec, family)
-    for bare in shapes.keys() - weights.keys():
-        raise SpecError(
-            f"{family.name(bare)} is the state of {bare}, and there is no {MODEL}{bare} among the atoms"
-        )
-    tensors: list[Tensor] = []
-    for source in found:
-        there = [bare for bare in source.of if bare in shapes]
-        if not there:
-            continue  # a frozen weight has no state
-        if len(there) < len(source.of):
-            lacking = family.name(next(bare for bare in source.of if bare not in shapes))
+class _Making:
+    """Makes the tensors of a layout, family by family."""
+
+    def __init__(
+        self,
+        spec: Spec,
+        weights: Mapping[str, Shape],
+        found: Sequence[Source],
+        rules: Mapping[str, Rule],
+        stages: Stages,
+    ) -> None:
+        self._spec, self._weights, self._found, self._rules = spec, weights, found, rules
+        self._stages = {source.bare: _stages_of(stages, source) for source in found}
+        self._forms: dict[object, int] = {}
+
+    def of_family(self, family: Family, shapes: Mapping[str, Shape]) -> list[Tensor]:
+        """Raises SpecError."""
+        kind = _kind(self._spec, family)
+        for bare in shapes.keys() - self._weights.keys():
             raise SpecError(
-                f"{family.name(source.bare)} is made of {len(source.of)} atoms, and {lacking} is missing"
+                f"{family.name(bare)} is the state of {bare}, and there is no {MODEL}{bare} among the atoms"
             )
-        rule = rules[source.bare]
-        then = _then(spec, rule, family, kind)
-        own = tuple(shapes[bare] for bare in source.of)
+        tensors: list[Tensor] = []
+        for source in self._found:
+            there = [bare for bare in source.of if bare in shapes]
+            if len(there) == len(source.of):
+                tensors.append(self._tensor(family, source, kind, shapes, len(tensors)))
+            elif there:
+                lacking = family.name(next(bare for bare in source.of if bare not in shapes))
+                raise SpecError(
+                    f"{family.name(source.bare)} is made of {len(source.of)} atoms, and {lacking} is missing"
+                )
+        return tensors
+
+    def _tensor(
+        self, family: Family, source: Source, kind: Kind, shapes: Mapping[str, Shape], turn: int
+    ) -> Tensor:
+        rule = self._rules[source.bare]
+        then = _then(self._spec, rule, family, kind)
+        buffer = family.name(then.buffer) if then is not None and then.buffer and kind == "like" else ""
+        own, weights = (tuple(of[bare] for bare in source.of) for of in (shapes, self._weights))
+        key = (own, weights, id(rule), kind, id(then), id(source.view), source.number)
+        stages = self._stages[source.bare]
+        if source.tie and (family.is_state or buffer):
+            # Of two names on one rank an optimizer has one state, and a buffer one place.
+            elsewhere = frozenset().union(*self._stages[source.tie])
+            stages = tuple(one - elsewhere for one in stages)
         tensor = Tensor(
-            family, source, rule, kind, then, own, tuple(weights[bare] for bare in source.of), len(tensors)
+            family.name(source.bare),
+            source,
+            rule,
+            kind,
+            then,
+            buffer,
+            family.is_state,
+            tuple(map(family.name, source.of)),
+            own,
+            weights,
+            stages,
+            self._forms.setdefault(key, len(self._forms)),
+            turn,
         )
         _check(tensor)
-        tensors.append(tensor)
-    return tensors
+        return tensor
 
 
 def _kind(spec: Spec, family: Family) -> Kind:
@@ -192,28 +232,24 @@ def _check(tensor: Tensor) -> None:
             )
 
 
-def _holders(tensors: Sequence[Tensor], stages: Stages) -> dict[tuple[str, int | None], tuple[int, ...]]:
-    found: dict[tuple[str, int | None], set[int]] = {}
+def _holders(tensors: Sequence[Tensor]) -> dict[tuple[str, int | None], tuple[int, ...]]:
+    found: dict[tuple[str, int | None], frozenset[int]] = {}
     for tensor in tensors:
-        for atom, bare in zip(tensor.atoms, tensor.source.of, strict=True):
-            found.setdefault((atom, tensor.slice), set()).update(stages_of(stages, tensor.source, bare))
+        for atom, stages in zip(tensor.atoms, tensor.stages, strict=True):
+            key = (atom, tensor.slice)
+            found[key] = found.get(key, frozenset()) | stages
     return {key: tuple(sorted(held)) for key, held in found.items()}
 
 
-def stages_of(stages: Stages, source: Source, atom: str) -> set[int]:
-    """The stages on which a tensor has elements of an atom (by bare name)."""
-    own = {*stages.of(source.bare)}
-    return own if source.tie else own & {*stages.of(atom)}
+def _stages_of(stages: Stages, source: Source) -> tuple[frozenset[int], ...]:
+    """The stages on which a tensor has elements of each of its atoms."""
+    own = frozenset(stages.of(source.bare))
+    return tuple(own if source.tie else own & {*stages.of(atom)} for atom in source.of)
 
 
 def _stored(tensors: Sequence[Tensor], mesh: Mapping[str, int]) -> dict[str, Shape]:
     return {
-        atom: (mesh[tensor.rule.partial], *shape) if is_partial(tensor) else shape
+        atom: (mesh[tensor.rule.partial], *shape) if tensor.is_partial else shape
         for tensor in tensors
         for atom, shape in zip(tensor.atoms, tensor.shapes, strict=True)
     }
-
-
-def is_partial(tensor: Tensor) -> bool:
-    """Whether each rank has values of its own."""
-    return bool(tensor.rule.partial) and tensor.kind != "scalar"

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 class Piece:
     """A box of an atom, and where it lies in a region: one after the other along `dims`, from `at` on."""
 
-    atom: str
+    atom: int
+    """Its number among those that the tensor is made of."""
     box: Box
     at: tuple[int, ...]
     dims: tuple[int | None, ...]
@@ -103,21 +104,11 @@ class Region:
             ),
         )
 
-    def held(self, copies: int, primary: bool) -> Region:
-        """Every element on so many more ranks."""
-        return replace(
-            self,
-            pieces=tuple(
-                replace(piece, copies=piece.copies * copies, primary=piece.primary and primary)
-                for piece in self.pieces
-            ),
-        )
 
-
-def atom_region(name: str, shape: Sequence[int]) -> Region:
+def atom_region(number: int, shape: Sequence[int]) -> Region:
     """An atom as it is."""
     size = tuple(shape)
-    piece = Piece(name, whole(size), (0,) * len(size), tuple(range(len(size))))
+    piece = Piece(number, whole(size), (0,) * len(size), tuple(range(len(size))))
     return Region(size, (piece,) if prod(size) else ())
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import groupby, pairwise
+from itertools import groupby
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:
@@ -26,18 +26,18 @@ class Span(NamedTuple):
         return self._replace(start=self.start + by, end=self.end + by)
 
 
-def stretches(count: int, ranks: int, uneven: Uneven) -> list[Stretch]:
-    """What each rank gets of `count` things."""
+def stretch(count: int, ranks: int, index: int, uneven: Uneven) -> Stretch:
+    """What rank `index` of `ranks` gets of `count` things."""
     if uneven == "ceil":
         size = -(-count // ranks)
-        return [(min(size * rank, count), min(size * (rank + 1), count)) for rank in range(ranks)]
+        return min(size * index, count), min(size * (index + 1), count)
     least, more = divmod(count, ranks)
-    starts = [least * rank + min(rank, more) for rank in range(ranks + 1)]
-    return list(pairwise(starts))
+    start = least * index + min(index, more)
+    return start, start + least + (index < more)
 
 
-def spans(length: int, unit: int, ranks: int, uneven: Uneven, cover: int | None) -> list[list[Span]]:
-    """What each rank holds of `length` elements that are never cut inside a `unit` of them.
+def spans(length: int, unit: int, ranks: int, index: int, uneven: Uneven, cover: int | None) -> list[Span]:
+    """What rank `index` of `ranks` holds of `length` elements that are never cut inside a `unit` of them.
 
     With `cover` it is so many other things that are dealt out, and each rank holds the units that its things need: key-value heads of
     which there are fewer than ranks are then held by several. Raises ValueError where `unit` does not divide `length`.
@@ -46,12 +46,11 @@ def spans(length: int, unit: int, ranks: int, uneven: Uneven, cover: int | None)
         raise ValueError(f"{length} elements are no whole number of units of {unit}")
     units = length // unit
     if cover is None:
-        return [[Span(a * unit, b * unit)] for a, b in stretches(units, ranks, uneven)]
-    needed = [
-        (a * units // cover, -(-b * units // cover)) if a < b else (0, 0)
-        for a, b in stretches(cover, ranks, uneven)
-    ]
-    return [_of_rank(rank, needed, unit) for rank in range(ranks)]
+        start, end = stretch(units, ranks, index, uneven)
+        return [Span(start * unit, end * unit)]
+    dealt_out = (stretch(cover, ranks, rank, uneven) for rank in range(ranks))
+    needed = [(a * units // cover, -(-b * units // cover)) if a < b else (0, 0) for a, b in dealt_out]
+    return _of_rank(index, needed, unit)
 
 
 def _of_rank(rank: int, needed: Sequence[Stretch], unit: int) -> list[Span]:
@@ -74,8 +73,10 @@ def dealt(held_of: Sequence[Stretch], factor: int, parts: int, index: int) -> li
     FSDP over tensor parallelism is such: what the inner axis will take is shared out before it is taken (torch's `_StridedShard`).
     """
     found: list[Stretch] = []
-    for begin, end in stretches(sum(b - a for a, b in held_of), factor, "ceil"):
-        start, stop = stretches(end - begin, parts, "ceil")[index]
+    length = sum(b - a for a, b in held_of)
+    for chunk in range(factor):
+        begin, end = stretch(length, factor, chunk, "ceil")
+        start, stop = stretch(end - begin, parts, index, "ceil")
         for one in _between(held_of, begin + start, begin + stop):
             if found and found[-1][1] == one[0]:
                 found[-1] = (found[-1][0], one[1])

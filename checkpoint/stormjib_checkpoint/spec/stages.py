@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from stormjib_checkpoint.errors import SpecError
 from stormjib_checkpoint.spec.globs import bound, compiled
-from stormjib_checkpoint.spec.shares import stretches
+from stormjib_checkpoint.spec.shares import stretch
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -31,7 +31,8 @@ class Stages:
                 )
         layers = 1 + max(number for name in names if (number := _layer(place, name)) is not None)
         chunks = count * place.chunks
-        counts = place.counts or [b - a for a, b in stretches(layers, chunks, "front")]
+        dealt_out = (stretch(layers, chunks, chunk, "front") for chunk in range(chunks))
+        counts = place.counts or [end - start for start, end in dealt_out]
         if len(counts) != chunks or sum(counts) != layers:
             raise SpecError(
                 f"place.counts are {list(counts)}, which is {sum(counts)} layers in {len(counts)} chunks; there are {layers} layers, "
