@@ -123,6 +123,54 @@ def test_any_spec_on_any_two_meshes(
             assert np.array_equal(now[name], wanted), f"{name} on {mesh}"
 
 
+@st.composite
+def viewed(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
+    """A tensor that is made of others, or is a part of one."""
+    count, groups, width = draw(st.integers(1, 4)), draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    kind = draw(st.sampled_from(["joined", "grouped", "stacked", "apart", "turned"]))
+    rows = [groups * draw(st.integers(1, 3)) for _ in range(3)]
+    of = {f"a.{i}": (rows[0], width) for i in range(count)}
+    if kind == "joined":
+        view: dict[str, Any] = {"to": "t.w", "of": ["a.{i}"], "dim": draw(st.integers(0, 1))}
+    elif kind == "grouped":
+        view = {"to": "t.{x}", "of": [f"{x}.{{x}}" for x in "qkv"], "dim": 0, "groups": groups}
+        of = {f"{x}.w": (length, width) for x, length in zip("qkv", rows, strict=True)}
+    elif kind == "stacked":
+        view = {"to": "t.w", "of": ["a.{i}"]}
+    elif kind == "apart":
+        view, of = {"to": "t.{i}", "of": ["a"]}, {"a": (count, rows[0], width)}
+    else:
+        view, of = {"to": "t.w", "of": ["a"], "rope": groups}, {"a": (2 * groups * width, 3)}
+    shard = [
+        {axis: draw(st.integers(0, 1)), "uneven": draw(uneven)}
+        for axis in draw(st.sampled_from([CUTS, ["tp"], []]))
+    ]
+    then = draw(thens)
+    value = views(
+        view,
+        rules=[{"match": "t.*", "shard": shard}],
+        state={"m": "like", "step": "scalar"},
+        **({"then": then} if then is not None else {}),
+    )
+    shapes = {f"model.{name}": shape for name, shape in of.items()}
+    shapes |= {f"optim.{name}.m": shape for name, shape in of.items()}
+    return value, shapes | {f"optim.{name}.step": () for name in of}
+
+
+@settings(max_examples=80, deadline=None)
+@given(viewed(), meshes, meshes)
+def test_any_view_on_any_two_meshes(
+    case: tuple[dict[str, Any], dict[str, tuple[int, ...]]], one: dict[str, int], other: dict[str, int]
+) -> None:
+    value, shapes = case
+    full = now = numbered(shapes)
+    for mesh in (one, other):
+        layout = parse(value).on(mesh, shapes)
+        check(layout)
+        now = gathered(layout, [cut(layout, rank, now) for rank in range(layout.world)])
+        assert all(np.array_equal(now[name], wanted) for name, wanted in full.items()), mesh
+
+
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=4).map(tuple), st.data())
 def test_a_flat_stretch_is_few_boxes(shape: tuple[int, ...], data: st.DataObject) -> None:
     volume = int(np.prod(shape))
@@ -231,15 +279,13 @@ def test_one_atom_under_two_names_is_stored_once() -> None:
 
 
 def views(*given: dict[str, Any], **fields: Any) -> dict[str, Any]:
-    return spec(views=list(given), **fields)
+    return {**spec(views=list(given)), **fields}
 
 
 def test_queries_keys_and_values_interleaved_by_group() -> None:
     view = {"to": "qkv", "of": ["q", "k", "v"], "dim": 0, "groups": 2}
     rule = {"match": "qkv", "shard": [{"tp": 0, "unit": 4}]}
-    layout = laid(
-        {**views(view), "rules": [rule]}, {"tp": 2}, model__q=(4, 1), model__k=(2, 1), model__v=(2, 1)
-    )
+    layout = laid(views(view, rules=[rule]), {"tp": 2}, model__q=(4, 1), model__k=(2, 1), model__v=(2, 1))
     check(layout)
     full = numbered(layout.atoms, 0)
     assert [cut(layout, rank, full)["model.qkv"][:, 0].tolist() for rank in (0, 1)] == [
