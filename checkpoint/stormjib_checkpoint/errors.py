@@ -9,6 +9,7 @@ CheckpointError
 │   ├── NotThere            the file does not exist
 │   └── AlreadyThere        create-only: the name is taken
 ├── FormatError             a file is not what FORMAT.md says
+├── SpecError               a pattern spec is wrong, or does not fit the tensors or the mesh it is put on
 ├── BadKey                  the key that files are signed with cannot be used
 ├── SaveError
 │   ├── UnsupportedState    a tensor or value that cannot be stored, by name
@@ -78,6 +79,10 @@ class AlreadyThere(StorageError):
 
 class FormatError(CheckpointError):
     """A file of a checkpoint does not follow FORMAT.md, or needs a newer reader."""
+
+
+class SpecError(CheckpointError):
+    """A pattern spec cannot be read, or does not fit the atoms or the mesh that it is put on. Names rule and atom, and says what to do."""
 
 
 class BadKey(CheckpointError):

@@ -6,20 +6,24 @@ import sys
 import zlib
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass_type
 
-from stormjib_checkpoint.boxes import Box, part, whole
+from stormjib_checkpoint.boxes import Box, whole
 from stormjib_checkpoint.errors import UnsupportedState
 from stormjib_checkpoint.format import SUB_BYTE
 from stormjib_checkpoint.records import Json
+from stormjib_checkpoint.spec.shares import dealt
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+    from torch.distributed.tensor.placement_types import Placement
 
 Value = torch.Tensor | Json
 """A state is a mapping of names to tensors (also DTensors), `ABSENT`, and other values that `objects` can write."""
@@ -45,9 +49,27 @@ _BARE = frozenset(dtype for tag, dtype in DTYPES.items() if tag in SUB_BYTE)
 """Types that torch can hold and not copy."""
 
 
+class Cut(NamedTuple):
+    """Where a box lies in a tensor of the state that holds more than it, or lies otherwise."""
+
+    tensor: str
+    """Its name in the state."""
+    shape: tuple[int, ...]
+    start: int
+    """Of the box's first element, in elements of the tensor's own memory."""
+    strides: tuple[int, ...]
+
+    def of(self, local: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+        """The box, of this shape, in the tensor's memory."""
+        return local.as_strided(shape, self.strides, local.storage_offset() + self.start)
+
+
 @dataclass(frozen=True)
 class Held:
-    """One tensor as this rank has it: its box of the whole, the local memory, and whether its copy is the primary."""
+    """A box of a whole tensor as this rank has it: the local memory, whether its copy is the primary, and on how many ranks there is one.
+
+    A rank may have several boxes of one tensor.
+    """
 
     name: str
     dtype: str
@@ -57,6 +79,13 @@ class Held:
     primary: bool
     copies: int
     """On how many ranks each element of it is held."""
+    cut: Cut | None = None
+    """None where `local` is the tensor that the state has under this name."""
+
+    @property
+    def tensor(self) -> str:
+        """Name of the state's tensor."""
+        return self.cut.tensor if self.cut is not None else self.name
 
     @property
     def identity(self) -> tuple[object, ...]:
@@ -66,39 +95,38 @@ class Held:
 
 def held(name: str, tensor: torch.Tensor, rank: int, world: int) -> Held:
     """What this rank holds of `tensor`. Raises UnsupportedState, which names it."""
-    if is_lazy(tensor):
-        raise UnsupportedState(f"{name} has no shape yet; let its lazy module run once")
-    if tensor.dtype not in TAGS:
-        raise UnsupportedState(f"{name} has dtype {tensor.dtype}, which the format cannot hold; convert it")
-    if sys.byteorder != "little":
-        raise UnsupportedState(f"{name}: this machine is big-endian, and the format is little-endian only")
+    _refuse_unknown(name, tensor)
     if isinstance(tensor, DTensor):
         return _held_shard(name, tensor)
-    local = _plain_memory(name, tensor.detach())
+    local = plain_memory(name, tensor.detach())
     shape = tuple(tensor.shape)
     # Every rank has the same plain tensor (a replica): one of them writes it, chosen by name, so that all agree.
     primary = zlib.crc32(name.encode()) % world == rank
     return Held(name, TAGS[tensor.dtype], shape, whole(shape), local, primary, world)
 
 
+def _refuse_unknown(name: str, tensor: torch.Tensor) -> None:
+    if is_lazy(tensor):
+        raise UnsupportedState(f"{name} has no shape yet; let its lazy module run once")
+    if tensor.dtype not in TAGS:
+        raise UnsupportedState(f"{name} has dtype {tensor.dtype}, which the format cannot hold; convert it")
+    if sys.byteorder != "little":
+        raise UnsupportedState(f"{name}: this machine is big-endian, and the format is little-endian only")
+
+
 def _held_shard(name: str, tensor: DTensor) -> Held:
-    shape = tuple(tensor.shape)
-    box, primary, copies = whole(shape), True, 1
-    coordinate = tensor.device_mesh.get_coordinate()
+    shape, mesh = tuple(tensor.shape), tensor.device_mesh
+    coordinate = mesh.get_coordinate()
     if coordinate is None:
         raise UnsupportedState(
             f"{name} lives on a mesh that this rank is no part of; leave it out of its state"
         )
-    for placement, parts, index in zip(tensor.placements, tensor.device_mesh.shape, coordinate, strict=True):
-        if type(placement) is Shard:
-            box = part(box, placement.dim % len(shape), parts, index)
-        elif isinstance(placement, Replicate):
-            primary, copies = primary and index == 0, copies * parts
-        else:
-            raise UnsupportedState(
-                f"{name} is placed as {placement!r}; only Shard and Replicate can be saved"
-            )
-    local = _plain_memory(name, tensor.to_local().detach())
+    local = plain_memory(name, tensor.to_local().detach())
+    box, primary, copies = placed(name, shape, tensor.placements, mesh.shape, coordinate)
+    if tuple(local.shape) != box.shape:
+        # FSDP cuts what tensor parallelism has left, and what it then says of uneven lengths is not always true.
+        inner_first = [Shard(p.dim) if isinstance(p, _StridedShard) else p for p in tensor.placements[::-1]]
+        box, primary, copies = placed(name, shape, inner_first, mesh.shape[::-1], coordinate[::-1])
     if tuple(local.shape) != box.shape:
         raise UnsupportedState(
             f"{name}: the local shard has shape {list(local.shape)}; placements {tensor.placements} say {list(box.shape)}"
@@ -106,12 +134,46 @@ def _held_shard(name: str, tensor: DTensor) -> Held:
     return Held(name, TAGS[tensor.dtype], shape, box, local, primary, copies)
 
 
+def placed(
+    name: str,
+    shape: Sequence[int],
+    placements: Sequence[Placement],
+    mesh: Sequence[int],
+    coordinate: Sequence[int],
+) -> tuple[Box, bool, int]:
+    """What a rank of a mesh has of a DTensor: its box, whether it is the primary copy, and how many copies there are.
+
+    Raises UnsupportedState, which names the tensor.
+    """
+    along = [[(0, length)] for length in shape]
+    primary, copies = True, 1
+    for placement, parts, index in zip(placements, mesh, coordinate, strict=True):
+        if isinstance(placement, Replicate):
+            primary, copies = primary and index == 0, copies * parts
+        elif isinstance(placement, (Shard, _StridedShard)):
+            factor = int(placement.split_factor) if isinstance(placement, _StridedShard) else 1
+            dim = placement.dim % len(shape)
+            along[dim] = dealt(along[dim], factor, parts, index)
+        else:
+            raise UnsupportedState(
+                f"{name} is placed as {placement!r}; only Shard and Replicate can be saved"
+            )
+    if any(len(stretches) > 1 for stretches in along):
+        raise UnsupportedState(
+            f"{name}: placements {placements} leave this rank stretches that do not lie together; shard it otherwise"
+        )
+    ends = [stretches[0] if stretches else (0, 0) for stretches in along]
+    box = Box(tuple(start for start, _ in ends), tuple(end - start for start, end in ends))
+    return box, primary, copies
+
+
 def local_of(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's part of a tensor; to be called where no gradients are recorded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _plain_memory(name: str, local: torch.Tensor) -> torch.Tensor:
+def plain_memory(name: str, local: torch.Tensor) -> torch.Tensor:
+    """The tensor itself. Raises UnsupportedState where it has no memory of its own that could be saved."""
     if local.layout is not torch.strided or local.is_quantized or local.device.type == "meta":
         raise UnsupportedState(
             f"{name} is {local.layout} on {local.device}; only dense tensors with memory can be saved"

@@ -13,6 +13,7 @@ from stormjib_checkpoint.format import MAX_SMALL_FILE, RankFile, TrainFile
 from stormjib_checkpoint.left import Records
 from stormjib_checkpoint.objects import to_json
 from stormjib_checkpoint.records import MAX_INTEGER, check_text, encode, shown
+from stormjib_checkpoint.spec.live import Here, here, parts_of
 from stormjib_checkpoint.tensors import ABSENT, Held, Value, held
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from stormjib_checkpoint.image import Image
     from stormjib_checkpoint.layout import GenerationId
     from stormjib_checkpoint.records import Json
+    from stormjib_checkpoint.spec.layout import Layout
 
 RESERVED = "__"
 
@@ -52,7 +54,7 @@ class Contents(NamedTuple):
     """What a state is made of, on this rank."""
 
     parts: list[Held]
-    """Its tensors, by name, each once."""
+    """Its tensors, by name, each once; where a layout cuts them, the boxes that they hold."""
     ties: dict[str, str]
     """Other names of tensors, and the names that those have in `parts`: the first in the alphabet."""
     scalars: dict[str, Json]
@@ -113,8 +115,12 @@ def told_as_saved(who: Part) -> Iterator[None]:
         ) from error
 
 
-def split(state: Mapping[str, Value], rank: int, world: int) -> Contents:
-    """A state as this rank stores it. Raises UnsupportedState by name."""
+def split(state: Mapping[str, Value], rank: int, world: int, layout: Layout | None = None) -> Contents:
+    """A state as this rank stores it. `layout` says how its plain tensors lie where not every rank has the whole of them.
+
+    Raises UnsupportedState by name, SpecError.
+    """
+    told = here(layout, rank) if layout is not None else Here({}, {})
     found = Contents([], {}, {})
     names: dict[object, str] = {}
     for name, value in sorted(state.items()):
@@ -122,20 +128,48 @@ def split(state: Mapping[str, Value], rank: int, world: int) -> Contents:
             raise UnsupportedState(f"{name} begins with {RESERVED}, which is kept for the format; rename it")
         if not isinstance(value, torch.Tensor):
             found.scalars[name] = value
-            continue
-        part = held(name, value, rank, world)
-        # What has no elements here has no place either: the ranks that hold some say whether it is tied.
-        first = names.setdefault(part.identity, name) if part.box.volume else name
-        if first == name:
-            found.parts.append(part)
+        elif told.says(name, value):
+            _add_laid(found, told, name, value)
         else:
-            found.ties[name] = first
+            _add(found, names, held(name, value, rank, world))
+    _refuse_unknown_names(found, told)
     owners = {name.rpartition(".")[0] for name in state}
     for name, value in found.scalars.items():
         if value is ABSENT and name in owners:
             raise UnsupportedState(f"{name} is absent and there: the state has names below it")
     refuse_unstorable(dict.fromkeys(state) | found.scalars, "state")
     return found
+
+
+def _add(found: Contents, names: dict[object, str], part: Held) -> None:
+    # What has no elements here has no place either: the ranks that hold some say whether it is tied.
+    first = names.setdefault(part.identity, part.name) if part.box.volume else part.name
+    if first == part.name:
+        found.parts.append(part)
+    else:
+        found.ties[part.name] = first
+
+
+def _add_laid(found: Contents, told: Here, name: str, value: torch.Tensor) -> None:
+    parts, tie = list(parts_of(told, name, value)), told.locals[name].tie
+    found.parts.extend(parts)
+    if tie and any(part.box.volume for part in parts):
+        found.ties[name] = tie
+
+
+def _refuse_unknown_names(found: Contents, told: Here) -> None:
+    """Raises UnsupportedState where a name that the layout does not know is that of a tensor which it has cut."""
+    cut = (
+        {place.local.untyped_storage().data_ptr(): place for place in found.parts if place.cut is not None}
+        if told.locals
+        else {}
+    )
+    for part in found.parts:
+        other = cut.get(part.local.untyped_storage().data_ptr())
+        if part.cut is None and part.box.volume and other is not None:
+            raise UnsupportedState(
+                f"{part.name} shares the memory of {other.tensor}, which the layout cuts, and the layout says nothing of it; tie it there"
+            )
 
 
 def checked_ids(samples: Mapping[int, Sequence[int]]) -> dict[int, tuple[int, ...]]:

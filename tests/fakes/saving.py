@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from stormjib_checkpoint.format import ResumePoint
     from stormjib_checkpoint.records import Json
+    from stormjib_checkpoint.spec.layout import Layout
     from stormjib_checkpoint.storage import Storage
     from stormjib_checkpoint.tensors import Held, Value
 
@@ -38,9 +39,10 @@ def save_rank(
     train: Mapping[str, Json],
     samples: Mapping[int, Sequence[int]],
     attempt: str = "",
+    layout: Layout | None = None,
 ) -> None:
     """Leave this rank's part of `step`; nobody commits."""
-    parts, ties, scalars = split(state, rank, world)
+    parts, ties, scalars = split(state, rank, world, layout)
     who = Part(step, GenerationId.parse(generation), rank, world, attempt)
     save_parts(storage, who, parts, scalars, train, samples, ties)
 

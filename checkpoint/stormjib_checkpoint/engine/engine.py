@@ -43,7 +43,7 @@ from stormjib_checkpoint.layout import GenerationId
 from stormjib_checkpoint.node_memory import Near
 from stormjib_checkpoint.opening import open_next
 from stormjib_checkpoint.stores.urls import open_storage
-from stormjib_checkpoint.tensors import copyable, local_of
+from stormjib_checkpoint.tensors import local_of
 from stormjib_checkpoint.writer import Part, checked_ids, refuse_unstorable
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ if TYPE_CHECKING:
 
     from stormjib_checkpoint.reader import Rename
     from stormjib_checkpoint.records import Json
+    from stormjib_checkpoint.spec.layout import Layout
     from stormjib_checkpoint.storage import Storage
     from stormjib_checkpoint.tensors import Value
 
@@ -78,12 +79,14 @@ class Engine:
         job_uid: str = "",
         volatile: Collection[str] = (),
         memory: str | os.PathLike[str] = "",
+        layout: Layout | None = None,
     ) -> None:
         """Without `generation` the next one is opened on `root` (by rank 0, for all), and this engine commits and deletes old steps.
         With one, whoever gave it does, and said where it resumes. `volatile` are patterns of names (`ema.*`) of tensors
         that may change at any moment; they are copied in the call. Buffers of a model given to `prepare` are volatile too.
         `memory` is a folder on a memory-backed volume: staged there, a step outlives this process, and whoever starts the next one
         can finish it (`adopting.adopt`). Without it a step that is not on the storage yet dies with the process.
+        `layout` says how plain tensors lie where not every rank has the whole of them; DTensors say it themselves.
 
         Raises StorageError where `root` cannot be written, BadKey, and HistoryError.
         """
@@ -94,6 +97,7 @@ class Engine:
         self._commits = not generation
         self._job_uid, self._keep_last, self._volatile = job_uid, keep_last, tuple(volatile)
         self._half_loaded = False
+        self._layout = layout
         if self._commits:
             self._open(())
         self._gate = Gate()
@@ -240,8 +244,7 @@ class Engine:
     ) -> Taken:
         planned = self._planned(state)
         tensors = planned.tensors(state)
-        with torch.no_grad():
-            clones = {name: copyable(local_of(state[name])).clone() for name in planned.volatile}
+        clones = planned.clones(state)
         values = _frozen(planned.others(state), "state"), _frozen(dict(train), "train"), checked_ids(samples)
         self._have(planned.image.size)
         return Taken(
@@ -258,7 +261,7 @@ class Engine:
 
     def _planned(self, state: Mapping[str, Value]) -> Plan:
         if self._plan is None or not self._plan.seems_to_fit(state):
-            self._plan = plan(state, self.rank, self.world, self._volatile, self._buffers)
+            self._plan = plan(state, self.rank, self.world, self._volatile, self._buffers, self._layout)
         return self._plan
 
     def _have(self, size: int) -> None:

@@ -310,7 +310,7 @@ def test_a_tie_that_is_broken_between_two_saves_is_noticed() -> None:
     """§9.5"""
     weight = rows(0)
     state: dict[str, Value] = {"a": weight, "b": weight}
-    planned = plan(state, 0, 1, (), set())
+    planned = plan(state, 0, 1, (), set(), None)
     assert planned.seems_to_fit(state | {"b": weight.view(3, 2)})
     assert not planned.seems_to_fit(state | {"b": rows(0)})
     assert not planned.seems_to_fit(state | {"b": weight.view(2, 3).view(3, 2)[:]} | {"a": rows(0)})
@@ -320,7 +320,7 @@ def test_a_tie_that_is_broken_between_two_saves_is_noticed() -> None:
 def test_a_number_that_becomes_a_tensor_is_planned_anew() -> None:
     """§4.3: the plan would know nothing of it, and the step would lack it."""
     state: dict[str, Value] = {"w": rows(0), "lr": 0.1}
-    planned = plan(state, 0, 1, (), set())
+    planned = plan(state, 0, 1, (), set(), None)
     assert planned.seems_to_fit(state | {"lr": 0.2})
     assert not planned.seems_to_fit(state | {"lr": torch.tensor(0.2)})
 
