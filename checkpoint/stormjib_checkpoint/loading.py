@@ -135,7 +135,7 @@ class Loading:
                 self._read_carefully(file, sink, near=near and self._is_near(file.rank))
             except (DamagedCheckpoint, MissingCheckpoint) as error:
                 self._problem = self._problem or error
-        return _shares(sink, goals)
+        return self._shares(sink, goals)
 
     def _read(self, wanted: Sequence[Wanted]) -> list[Share]:
         """What is wanted, and no more, from wherever it is nearest. What cannot be read is not among what was read."""
@@ -149,8 +149,17 @@ class Loading:
                     self._read_file(file, sink)
             for goal in goals:
                 goal.finish()
-            shares += _shares(sink, goals)
+            shares += self._shares(sink, goals)
         return shares
+
+    def _shares(self, sink: Sink, goals: Sequence[Goal]) -> list[Share]:
+        wants = [goal.aim.want for goal in goals]
+        rows = ((wants[one.target], one) for one in sink.digests)
+        among_all = self._group.size > 1  # who loads alone has the only copy that is looked at
+        return [
+            Share(want.name, want.part.copies if among_all else 1, one.elements, one.digest)
+            for want, one in rows
+        ]
 
     def _handed_on(self, plans: list[FilePlan], sink: Sink) -> list[FilePlan]:
         """What is left to read here, when what is read once for several members of the group has come."""
@@ -265,12 +274,6 @@ class Goal:
     def finish(self) -> None:
         if not self.aim.straight:
             put(self._local, self.memory)
-
-
-def _shares(sink: Sink, goals: Sequence[Goal]) -> list[Share]:
-    wants = [goal.aim.want for goal in goals]
-    rows = ((wants[one.target], one) for one in sink.digests)
-    return [Share(want.name, want.part.copies, one.elements, one.digest) for want, one in rows]
 
 
 def batches(wanted: Iterable[Wanted]) -> list[list[Aim]]:

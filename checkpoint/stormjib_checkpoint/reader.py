@@ -16,16 +16,18 @@ from stormjib_checkpoint.errors import DamagedCheckpoint, FormatError, StateMism
 from stormjib_checkpoint.loading import Loading, Wanted
 from stormjib_checkpoint.objects import from_json
 from stormjib_checkpoint.proof import Alone
+from stormjib_checkpoint.spec.live import NOTHING, Here, Laid, here
 from stormjib_checkpoint.step import CommittedStep
 from stormjib_checkpoint.tensors import ABSENT, Held, Value, held
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping, MutableMapping
+    from collections.abc import Collection, Iterable, Mapping, MutableMapping, Sequence
 
     from stormjib_checkpoint.index import IndexAtom
     from stormjib_checkpoint.node_memory import Near
     from stormjib_checkpoint.proof import Group
     from stormjib_checkpoint.records import Json
+    from stormjib_checkpoint.spec.layout import Layout
     from stormjib_checkpoint.storage import Storage
 
 T = TypeVar("T")
@@ -42,6 +44,7 @@ def load(
     *,
     rename: Rename | None = None,
     cast: Collection[str] = (),
+    layout: Layout | None = None,
     near: Near | None = None,
     group: Group = ALONE,
 ) -> dict[str, Json]:
@@ -49,12 +52,12 @@ def load(
 
     Tensors and DTensors are filled in place, whatever world size saved them; other values are replaced in the mapping. What `near` has
     is read from there first. Names must be the same on both sides, after `rename`: `lambda name: name.replace(".encoder.", ".enc.")`.
-    `cast` are patterns of names (`model.*`) that may have another type here. A `group` loads together: each member calls this, for its
+    `cast` are patterns of names (`model.*`) that may have another type here. `layout` says how plain tensors lie that are no whole ones. A `group` loads together: each member calls this, for its
     own part, and all parts are proved as one; a rank alone proves its part by checksums, for which it reads whole pieces.
     Raises MissingCheckpoint, DamagedCheckpoint, StateMismatch, StorageError.
     """
     checkpoint = Checkpoint(storage, resume, rename, near)
-    checkpoint.fill(state, cast=cast, group=group)
+    checkpoint.fill(state, cast=cast, layout=layout, group=group)
     return checkpoint.train
 
 
@@ -84,10 +87,18 @@ class Checkpoint:
         self.train: dict[str, Json] = self._decoded(self._step.train().train)
 
     def fill(
-        self, state: MutableMapping[str, Value], *, cast: Collection[str] = (), group: Group = ALONE
+        self,
+        state: MutableMapping[str, Value],
+        *,
+        cast: Collection[str] = (),
+        layout: Layout | None = None,
+        group: Group = ALONE,
     ) -> None:
-        """Fill the tensors of `state` in place and replace its scalars. Raises LoadError, StorageError."""
-        self.fill_parts(self._matched(state, cast, group), group=group)
+        """Fill the tensors of `state` in place and replace its scalars. Raises LoadError, SpecError, UnsupportedState, StorageError."""
+        told = here(layout, group.member) if layout is not None else NOTHING
+        laid = Laid(told, state, {name: atom.shape for name, atom in self.atoms.items()})
+        self.fill_parts(self._matched(state, told, laid.parts, cast, group), group=group)
+        laid.finish()
         state.update(self.scalars)
 
     def fill_parts(self, parts: Iterable[Held], *, group: Group = ALONE) -> None:
@@ -103,23 +114,40 @@ class Checkpoint:
         except FormatError as error:
             raise DamagedCheckpoint(f"{self._step.folder}: {error}") from error
 
-    def _matched(self, state: Mapping[str, Value], cast: Collection[str], group: Group) -> list[Held]:
+    def _matched(
+        self,
+        state: Mapping[str, Value],
+        told: Here,
+        laid: Sequence[Held],
+        cast: Collection[str],
+        group: Group,
+    ) -> list[Held]:
+        """All boxes to fill, which are known to fit."""
         tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
         scalars = {name: value for name, value in state.items() if name not in tensors}
+        plain = {name: value for name, value in tensors.items() if not told.says(name, value)}
+        # Of an atom with several names a layout may have one only.
+        there = {n for n in self.atoms if not laid or n in plain or self._first_names[n] == n}
         _same_absences(scalars, self.scalars)
-        holders = _holders(tensors, self.atoms, group)
-        _same_names(tensors.keys() | holders.keys(), self.atoms.keys(), "tensor")
+        holders = _holders(plain.keys() | {part.name for part in laid}, there, group)
+        _same_names(tensors.keys() - told.locals.keys() | holders.keys(), there, "tensor")
         _same_names(scalars.keys(), self.scalars.keys(), "scalar")
-        parts = [held(name, value, 0, holders[name]) for name, value in sorted(tensors.items())]
-        for part in parts:
-            atom = self.atoms[part.name]
-            may_be_cast = any(fnmatchcase(part.name, pattern) for pattern in cast)
-            if part.shape != atom.shape or not (part.dtype == atom.dtype or may_be_cast):
-                raise StateMismatch(
-                    f"{part.name} is {atom.dtype} {list(atom.shape)} in the checkpoint, "
-                    f"{part.dtype} {list(part.shape)} in the state to fill{_how_to_cast(part, atom)}"
-                )
-        return parts
+        parts = [held(name, value, 0, holders[name]) for name, value in sorted(plain.items())]
+        casts = [*cast, *(part.name for part in laid if told.locals[part.tensor].dtype is not None)]
+        for part in (*parts, *laid):
+            _check_form(part, self.atoms[part.name], casts)
+        return [*parts, *laid]
+
+
+def _check_form(part: Held, atom: IndexAtom, cast: Collection[str]) -> None:
+    """Raises StateMismatch."""
+    may_be_cast = any(fnmatchcase(part.name, pattern) for pattern in cast)
+    if part.shape != atom.shape or not (part.dtype == atom.dtype or may_be_cast):
+        how = f"; to load it as {part.dtype}, name it in cast=" if part.shape == atom.shape else ""
+        raise StateMismatch(
+            f"{part.name} is {atom.dtype} {list(atom.shape)} in the checkpoint, "
+            f"{part.dtype} {list(part.shape)} in the state to fill{how}"
+        )
 
 
 def _holders(mine: Collection[str], there: Collection[str], group: Group) -> dict[str, int]:
@@ -127,10 +155,6 @@ def _holders(mine: Collection[str], there: Collection[str], group: Group) -> dic
     names = sorted(there)
     counts = group.summed([int(name in mine) for name in names])
     return {name: count for name, count in zip(names, counts, strict=True) if count}
-
-
-def _how_to_cast(part: Held, atom: IndexAtom) -> str:
-    return f"; to load it as {part.dtype}, name it in cast=" if part.shape == atom.shape else ""
 
 
 def _renamed(table: Mapping[str, T], rename: Rename | None) -> dict[str, T]:

@@ -13,7 +13,7 @@ from stormjib_checkpoint.format import MAX_SMALL_FILE, RankFile, TrainFile
 from stormjib_checkpoint.left import Records
 from stormjib_checkpoint.objects import to_json
 from stormjib_checkpoint.records import MAX_INTEGER, check_text, encode, shown
-from stormjib_checkpoint.spec.live import Here, here, parts_of
+from stormjib_checkpoint.spec.live import NOTHING, Here, here, parts_of
 from stormjib_checkpoint.tensors import ABSENT, Held, Value, held
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def split(state: Mapping[str, Value], rank: int, world: int, layout: Layout | No
 
     Raises UnsupportedState by name, SpecError.
     """
-    told = here(layout, rank) if layout is not None else Here({}, {})
+    told = here(layout, rank) if layout is not None else NOTHING
     found = Contents([], {}, {})
     names: dict[object, str] = {}
     for name, value in sorted(state.items()):

@@ -138,7 +138,14 @@ class Engine:
         instead. Raises StateMismatch, StorageError, NoUsableCheckpoint."""
         return self._resumed(
             lambda point: reader.load(
-                self.storage, point, state, rename=rename, cast=cast, near=self._near(), group=group.World()
+                self.storage,
+                point,
+                state,
+                rename=rename,
+                cast=cast,
+                layout=self._layout,
+                near=self._near(),
+                group=group.World(),
             )
         )
 
