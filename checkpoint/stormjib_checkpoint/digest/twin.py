@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from stormjib_checkpoint.digest.definition import BLOCK, FAR, FIRST, GOLDEN, SECOND
+from stormjib_checkpoint.digest.definition import BLOCK, FAR, FIRST, GOLDEN, MASK, SECOND
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -29,7 +29,7 @@ def partial(address: int, words: Words, box: Geometry, first: int, count: int) -
         memory = memoryview((ctypes.c_char * ((upto - start) * size)).from_address(address + start * size))
         data = np.frombuffer(memory, np.dtype(f"<u{words.width}")).astype(np.uint64)
         total += int((data * _weights(_positions(words, box, first + start, first + upto))).sum())
-    return total & 0xFFFF_FFFF_FFFF_FFFF
+    return total & MASK
 
 
 def _positions(words: Words, box: Geometry, first: int, end: int) -> Numbers:
