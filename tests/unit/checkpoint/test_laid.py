@@ -20,6 +20,7 @@ from stormjib_checkpoint.commit import commit_step
 from stormjib_checkpoint.engine import Engine
 from stormjib_checkpoint.errors import SaveError, StateMismatch, TornCopy, UnsupportedState
 from stormjib_checkpoint.history import committed
+from stormjib_checkpoint.image import image_of
 from stormjib_checkpoint.opening import open_next
 from stormjib_checkpoint.reader import Checkpoint
 from stormjib_checkpoint.spec.live import Laid, held_by, here
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from stormjib_checkpoint.spec.layout import Layout
-    from stormjib_checkpoint.tensors import Value
+    from stormjib_checkpoint.tensors import Held, Value
 
 State = dict[str, torch.Tensor]
 
@@ -135,6 +136,27 @@ def test_boxes_of_one_atom_have_keys_of_their_own() -> None:
         file.read_into(0, memoryview(head))
     table = json.loads(head[8 : 8 + int.from_bytes(head[:8], "little")])
     assert {*table} - {"__metadata__"} == {f"{key}model.{x}" for key in ("", "__box.1.") for x in "qkv"}
+
+
+def test_boxes_of_one_atom_are_in_the_order_of_their_offsets() -> None:
+    """§4.1: whatever order they have in memory"""
+    layout = parse(spec(views=[{"to": "q_proj", "of": ["q"], "rope": 1}])).on({}, {"model.q": (4, 1)})
+    contents = split({"model.q_proj": torch.arange(4.0).reshape(4, 1)}, 0, 1, layout)
+    file = image_of(contents.parts, 0, {})
+    assert [(box.offset[0], box.start) for box in file.atoms["model.q"].boxes] == [
+        (part.box.offset[0], start)
+        for part, start in sorted(zip(file.parts, file.starts, strict=True), key=_offset)
+    ]
+    assert {part.name: part.box.offset[0] for part in file.parts} == {
+        "model.q": 0, "__box.1.model.q": 1, "__box.2.model.q": 2, "__box.3.model.q": 3,
+    }  # fmt: skip
+    assert [
+        part.local.item() for part, _ in sorted(zip(file.parts, file.starts, strict=True), key=_offset)
+    ] == [0, 2, 1, 3]
+
+
+def _offset(one: tuple[Held, int]) -> tuple[int, ...]:
+    return one[0].box.offset
 
 
 @pytest.fixture

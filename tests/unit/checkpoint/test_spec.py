@@ -149,10 +149,16 @@ def viewed(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]
     value = views(
         view,
         rules=[{"match": "t.*", "shard": shard}],
-        state={"m": "like", "step": "scalar"},
+        state={"m": "like", "row": "like", "column": "like", "step": "scalar"},
         **({"then": then} if then is not None else {}),
     )
     shapes = {f"model.{name}": shape for name, shape in of.items()}
+    if kind in (
+        "stacked",
+        "apart",
+    ):  # no others: along what is joined there is no factored state of the whole
+        shapes |= {f"optim.{name}.row": (*shape[:-1], 1) for name, shape in of.items()}
+        shapes |= {f"optim.{name}.column": (*shape[:-2], 1, shape[-1]) for name, shape in of.items()}
     shapes |= {f"optim.{name}.m": shape for name, shape in of.items()}
     return value, shapes | {f"optim.{name}.step": () for name in of}
 
@@ -298,6 +304,18 @@ def test_rows_are_turned_from_pairs_to_halves() -> None:
     layout = laid(views({"to": "q_proj", "of": ["q"], "rope": 2}), {}, model__q=(8, 1))
     full = numbered(layout.atoms, 0)
     assert cut(layout, 0, full)["model.q_proj"][:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+
+
+def test_a_factored_state_of_what_a_view_joins_is_refused() -> None:
+    view = {"to": "qk", "of": ["q", "k"], "dim": 0}
+    layout = laid(
+        views(view, state={"column": "like"}), {},
+        model__q=(2, 3), model__k=(2, 3), optim__q__column=(1, 3), optim__k__column=(1, 3),
+    )  # fmt: skip
+    with pytest.raises(
+        SpecError, match=r"optim\.qk\.column, .*one element along dimension 0, which the view joins"
+    ):
+        layout.rank(0)
 
 
 def test_layers_are_stacked_and_taken_apart() -> None:
