@@ -242,7 +242,9 @@ CORNER = Cut("F32", (2, 2), ((1, Box((0, 0), (1, 2))), (0, Box((1, 0), (1, 1))),
         ({"heads": [[PAGE + 8, 4]]}, "rank-00000.safetensors has 4120 bytes, and it has 4112"),
         ({"grids": [{"cuts": [[[1, 4]]], "ranks": [[0, 4, 0]]}]}, "has 4136 bytes, and it has 4112"),
         ({"atoms": {}}, "has 4096 bytes, and it has 4112"),
-        ({"b": {"start": 4112, "end": 4116}}, "says that b is at byte 4112 of .*, and that what lies before it ends at 4108"),
+        ({"b": {"rank": 4}}, r"has a box of b up to byte 4112 of rank-00004.safetensors, where nothing is"),
+        ({"b": {"start": 4112, "end": 4116}}, "has a box of b up to byte 4116 of rank-00000.safetensors, where nothing is"),
+        ({"b": {"start": 4100, "end": 4104}}, "says that b is at byte 4100 of .*, and that what lies before it ends at 4108"),
     ],
 )  # fmt: skip
 def test_an_index_that_does_not_go_with_the_files_is_damage(change: dict[str, Any], message: str) -> None:
