@@ -103,7 +103,7 @@ class IndexAtom:
         number, held, offset, shape = cell
         rank = self._lowest + held
         numbers = grid.held_by(held)
-        ordinal = 0 if len(numbers) == 1 else numbers.index(number)
+        ordinal = 0 if len(numbers) == 1 else bisect_left(numbers, number)
         start = self._files.start(rank, file_order(self.dtype, box_key(self.name, ordinal)))
         return StoredBox(rank, offset, shape, start, start + prod(shape) * ITEM_BYTES[self.dtype])
 
