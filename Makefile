@@ -69,6 +69,7 @@ bench: setup      ## every benchmark, tables on the terminal
 	$(PY) -m bench.store_client --quick
 	$(PY) -m bench.copies --quick
 	$(PY) -m bench.digest --quick
+	$(PY) -m bench.index --quick
 
 lock: setup       ## write requirements/*.txt anew
 	$(BIN)/uv pip compile pyproject.toml --extra demo --extra s3 --group lint --universal --python-version 3.11 \

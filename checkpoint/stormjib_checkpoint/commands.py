@@ -80,7 +80,7 @@ def show(root: Root, step: Step = None, json: AsJson = False) -> None:
     table = Table("name", "type", "shape", "ranks", box=None)
     for name, tensor in tensors.items():
         shape = "x".join(map(str, tensor["shape"])) or "scalar"
-        table.add_row(name, tensor["dtype"], shape, ",".join(map(str, tensor["ranks"])))
+        table.add_row(name, tensor["dtype"], shape, _short(tensor["ranks"]))
     for name, first in content.ties.items():
         table.add_row(name, "is", first, "")
     for name in content.absent:
@@ -88,6 +88,17 @@ def show(root: Root, step: Step = None, json: AsJson = False) -> None:
     _out.print(table)
     for name, value in content.scalars.items():
         _out.print(f"{name} = {value!r}", markup=False, highlight=False)
+
+
+def _short(ranks: Iterable[int]) -> str:
+    """Ranks in growing order, as `0-511,600`."""
+    runs: list[tuple[int, int]] = []
+    for rank in ranks:
+        if runs and rank <= runs[-1][1] + 1:
+            runs[-1] = (runs[-1][0], rank)
+        else:
+            runs.append((rank, rank))
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
 @app.command(name="verify")

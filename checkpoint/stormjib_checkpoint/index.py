@@ -103,7 +103,7 @@ class IndexAtom:
         number, held, offset, shape = cell
         rank = self._lowest + held
         numbers = grid.held_by(held)
-        ordinal = 0 if len(numbers) == 1 else numbers.index(number)
+        ordinal = 0 if len(numbers) == 1 else bisect_left(numbers, number)
         start = self._files.start(rank, file_order(self.dtype, box_key(self.name, ordinal)))
         return StoredBox(rank, offset, shape, start, start + prod(shape) * ITEM_BYTES[self.dtype])
 
@@ -161,11 +161,22 @@ class _Files:
         self._record, self._sizes, self._place = record, sizes, place
         self._files: dict[int, _File] = {}
         self._shared: dict[object, _Column] = {}
-        if record.heads is not None and record.world != len(sizes):
-            raise self._damage(f"is of {record.world} ranks, and the step of {len(sizes)}")
+        self._check()
+
+    def _check(self) -> None:
+        """What takes no sums: nobody shall go through boxes that cannot be."""
+        ranks = len(self._sizes)
+        if self._record.heads is not None and self._record.world != ranks:
+            raise self._damage(f"is of {self._record.world} ranks, and the step of {ranks}")
         cells = sum(self.grids[form.grid].cells * len(names) for form, names in self._forms.items())
-        if cells > sum(sizes):  # nobody shall go through boxes that cannot be
-            raise self._damage(f"has {cells} boxes in files of {sum(sizes)} bytes together")
+        if cells > sum(self._sizes):
+            raise self._damage(f"has {cells} boxes in files of {sum(self._sizes)} bytes together")
+        for name, row in self._record.atoms.items():
+            for box in row.boxes or ():
+                if box.rank >= ranks or box.end > self._sizes[box.rank]:
+                    raise self._damage(
+                        f"has a box of {name[:200]} up to byte {box.end} of {rank_data(box.rank)}, where nothing is"
+                    )
 
     def head(self, rank: int) -> int:
         """Where the tensors begin in a rank's file; its length where it has none."""

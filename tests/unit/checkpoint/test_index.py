@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 import tracemalloc
+from collections import Counter
 from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -242,7 +243,9 @@ CORNER = Cut("F32", (2, 2), ((1, Box((0, 0), (1, 2))), (0, Box((1, 0), (1, 1))),
         ({"heads": [[PAGE + 8, 4]]}, "rank-00000.safetensors has 4120 bytes, and it has 4112"),
         ({"grids": [{"cuts": [[[1, 4]]], "ranks": [[0, 4, 0]]}]}, "has 4136 bytes, and it has 4112"),
         ({"atoms": {}}, "has 4096 bytes, and it has 4112"),
-        ({"b": {"start": 4112, "end": 4116}}, "says that b is at byte 4112 of .*, and that what lies before it ends at 4108"),
+        ({"b": {"rank": 4}}, r"has a box of b up to byte 4112 of rank-00004.safetensors, where nothing is"),
+        ({"b": {"start": 4112, "end": 4116}}, "has a box of b up to byte 4116 of rank-00000.safetensors, where nothing is"),
+        ({"b": {"start": 4100, "end": 4104}}, "says that b is at byte 4100 of .*, and that what lies before it ends at 4108"),
     ],
 )  # fmt: skip
 def test_an_index_that_does_not_go_with_the_files_is_damage(change: dict[str, Any], message: str) -> None:
@@ -252,6 +255,34 @@ def test_an_index_that_does_not_go_with_the_files_is_damage(change: dict[str, An
     plain["atoms"]["b"]["boxes"][0].update(change.pop("b", {}))
     with pytest.raises(DamagedCheckpoint, match=message):
         opened(records, json.dumps(plain | change).encode()).names_in(0, 0, PAGE * 2)
+
+
+def numbers_in(value: Any) -> list[tuple[Any, Any]]:
+    """Every (container, key) of a number in a JSON value."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [
+        place for key, item in items for place in ([(value, key)] if type(item) is int else numbers_in(item))
+    ]
+
+
+@given(parts(), st.integers(0, 10**6), st.sampled_from([0, 1, 2, 3, 4, PAGE, 2 * PAGE, MAX_CELLS, 2**63 - 1]))
+def test_any_number_in_any_place_is_damage_or_leads_nowhere_else(
+    records: list[RankFile], place: int, number: int
+) -> None:
+    """§13.6: nothing but those errors, and no box that does not lie in its rank's file."""
+    plain = json.loads(encode(index_of(records, "step")))
+    every = numbers_in(plain)
+    container, key = every[place % len(every)]
+    container[key] = number
+    try:
+        index = opened(records, json.dumps(plain).encode())
+        for record in records:
+            index.names_in(record.rank, 0, record.data.bytes)
+        boxes = [box for atom in index.atoms.values() for box in atom.boxes]
+    except (FormatError, DamagedCheckpoint):
+        return
+    for box in boxes:
+        assert index.head_bytes(box.rank) <= box.start < box.end <= records[box.rank].data.bytes
 
 
 def test_more_boxes_than_bytes_are_damage() -> None:
@@ -285,16 +316,16 @@ def index_of_70b(layout: tuple[tuple[int, int], ...]) -> tuple[AtomsFile, list[i
     """The index of weights and two moments of each on 512 ranks, and the lengths of the files, which nobody could hold."""
     grids: dict[Grid, int] = {}
     atoms, sizes = {}, [PAGE] * WORLD
-    held_of = {shape: cells(shape, layout) for _, shape in llama_70b()}
-    fitting = {shape: fit(shape, held) for shape, held in held_of.items()}
-    for name, shape in llama_70b():
-        found = fitting[shape]
+    for shape, count in Counter(shape for _, shape in llama_70b()).items():
+        held = cells(shape, layout)
+        found = fit(shape, held)
         assert found is not None
         number = grids.setdefault(found[0], len(grids))
-        for state, dtype in STATES:
-            atoms[f"{state}.{name}"] = AtomRow(dtype, shape, None, number, found[1], "0123456789abcdef")
-        for held in held_of[shape]:
-            sizes[held.rank] += 10 * prod(held.shape)
+        for name in [name for name, other in llama_70b() if other == shape]:
+            for state, dtype in STATES:
+                atoms[f"{state}.{name}"] = AtomRow(dtype, shape, None, number, found[1], "0123456789abcdef")
+        for one in held:
+            sizes[one.rank] += 10 * count * prod(one.shape)
     record = AtomsFile(1, GenerationId(1, 1), atoms, {}, (), {}, tuple(grids), ((PAGE, WORLD),))
     return record, sizes
 
