@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 VERSION = 1
 """Of the definition. What is computed otherwise has another one."""
 
-BLOCK = 4096
+BLOCK = 1024
 """Words that have the second factor of their weights in common: the first factors of a block are a table that a processor's cache holds."""
 
 MASK = 2**64 - 1

@@ -5,7 +5,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define BLOCK 4096
+#define BLOCK 1024
 #define GOLDEN 0x9E3779B97F4A7C15u
 #define FAR (UINT64_C(1) << 63)
 

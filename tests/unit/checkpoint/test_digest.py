@@ -166,7 +166,7 @@ def test_without_the_compiled_kernel_digests_are_slow_and_not_wrong(
 def test_weights_are_those_of_splitmix64() -> None:
     """§12.4: its first numbers with the seed 0, as others have published them."""
     assert [mix(z) for z in (1, 2, 3)] == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
-    assert weight(2 * 4096 + 3) == (mix(3) | 1) * (mix(2**63 + 2) | 1) % 2**64
+    assert weight(2 * 1024 + 3) == (mix(3) | 1) * (mix(2**63 + 2) | 1) % 2**64
 
 
 def test_a_digest_is_sixteen_digits() -> None:
