@@ -227,7 +227,8 @@ def step_seconds(model: Model, machine: Machine, layout: Layout) -> float:
     if layout in machine.measured:
         return machine.measured[layout]
     rounds = ceil(model.micro_batches / layout.data)
-    one = machine.micro_batch_s / (layout.pp * layout.tp * (1 - machine.tp_loss) ** log2(layout.tp))
+    useful: float = (1 - machine.tp_loss) ** log2(layout.tp)
+    one = machine.micro_batch_s / (layout.pp * layout.tp * useful)
     return (rounds + layout.pp - 1) * one
 
 
