@@ -27,7 +27,7 @@ from stormjib_checkpoint.tensors import DTYPES, Held
 from stormjib_checkpoint.writer import Part, records_of, refuse_unstorable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from stormjib_checkpoint.format import ResumePoint
@@ -50,18 +50,26 @@ def bring_in(storage: Storage, foreign: Foreign, step: int, world: int) -> Resum
 
     Raises ImportRefused where steps are there, ForeignDamaged where chunks do not hold a tensor exactly once, StorageError.
     """
-    there = committed(storage)
-    if there:
-        raise ImportRefused(f"step {there[0].step} is committed there already; name an empty folder")
+    _refuse_steps(committed(storage))
     for source in foreign.sources:
         why = flaw(source.shape, [chunk.box for chunk in source.chunks])
         if why is not None:
             raise ForeignDamaged(f"{source.name}: its chunks do not hold it exactly once: {why}")
     refuse_unstorable(foreign.scalars, "scalars")
-    generation = GenerationId.parse(open_next(storage).generation)
+    opening = open_next(storage)
+    # Whoever was cut short may have left all but the manifest: then the opening has just committed it.
+    _refuse_steps([opening.resume] if opening.resume is not None else [])
+    generation = GenerationId.parse(opening.generation)
     for rank in range(world):
         _write_rank(storage, foreign, Part(step, generation, rank, world))
     return commit_step(storage, str(generation), world, step)
+
+
+def _refuse_steps(there: Sequence[ResumePoint]) -> None:
+    if there:
+        raise ImportRefused(
+            f"step {there[0].step} is committed there; if that is an import that was cut short it is whole now, else name an empty folder"
+        )
 
 
 def _write_rank(storage: Storage, foreign: Foreign, who: Part) -> None:
