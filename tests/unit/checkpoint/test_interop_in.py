@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import tracemalloc
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -78,7 +78,8 @@ def test_any_cut_comes_in_on_any_number_of_ranks(
     tensors = {f"model.{i}": torch.randn(shape) for i, shape in enumerate(shapes)}
     storage = Local("/job", Disk())
     point = bring_in(storage, foreign(tmp_path, tensors, parts, dim), 7, world)
-    state = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()} | {"group.0.lr": None}
+    state: dict[str, Any] = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    state["group.0.lr"] = None
     load(storage, point, state)
     assert all(torch.equal(state[name], tensor) for name, tensor in tensors.items())
     assert state["group.0.lr"] == 0.5
@@ -152,7 +153,8 @@ def test_wherever_the_power_goes_it_can_be_repeated(tmp_path: Path) -> None:
             point = bring_in(storage, source, 3, 2)
         except ImportRefused:
             (point,) = committed(storage)  # the manifest was there, or all but it: the step is whole
-        state = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()} | {"group.0.lr": None}
+        state: dict[str, Any] = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+        state["group.0.lr"] = None
         load(storage, point, state)
         assert all(torch.equal(state[name], tensor) for name, tensor in tensors.items())
         assert point.step == 3
