@@ -1,7 +1,7 @@
 """Whether the libraries themselves read what we bring out, and whether we read what they have saved.
 
     uv pip install --target build/peers transformers
-    DS_BUILD_OPS=0 uv pip install --target build/peers --no-deps --no-build-isolation deepspeed hjson py-cpuinfo msgpack einops ninja
+    DS_BUILD_OPS=0 uv pip install --target build/peers --no-deps --no-build-isolation deepspeed hjson py-cpuinfo psutil msgpack einops ninja
     PYTHONPATH=build/peers python -m bench.interop
 
 `transformers`: the logits of its Llama beside ours. DeepSpeed, ZeRO-1 with two groups and ZeRO-3: it trains, saves and converts; we

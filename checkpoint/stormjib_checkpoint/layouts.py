@@ -257,7 +257,7 @@ def _candidates(
 def _misfit(model: Model, size: int, pp: int, tp: int, nodes: Sequence[int]) -> str | None:
     """Why a candidate cannot be laid out at all; `nodes` are largest first."""
     if size > len(nodes):
-        return f"{len(nodes)} nodes live"
+        return f"{len(nodes)} of them live"
     ranks = nodes[size - 1]  # of each: all ranks of a layout have equal parts to do
     if pp > model.layers:
         return f"{model.layers} layers do not fill {pp} stages"

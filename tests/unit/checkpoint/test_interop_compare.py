@@ -168,7 +168,7 @@ def test_layouts_shows_what_would_be_done_and_why_not_else() -> None:
     lines = [line.split() for line in text.splitlines()]
     assert lines[1][:4] == ["4", "Stay", "pp1.dp1.fsdp8.tp1", "4"]
     assert lines[2][:4] == ["3", "Shrink", "pp1.dp1.fsdp6.tp1", "3"]
-    assert "  4 nodes, pp1.dp1.fsdp1.tp1: 3 nodes live" in text
+    assert "  4 nodes, pp1.dp1.fsdp1.tp1: 3 of them live" in text
     assert "tensor groups of 3 do not fit into nodes of 2 ranks" in text
     rows = json.loads(run(*asked, "--json")[1])
     assert [row["action"] for row in rows] == ["Stay", "Shrink", "Wait"]

@@ -43,7 +43,7 @@ def test_the_most_nodes_that_are_allowed_and_alive_train() -> None:
     found = choose(MODEL, ROOMY, replace(SIZES, sizes=(5, 3, 2)), [1, 1, 1, 1])
     assert found.best is not None
     assert (found.best.nodes, found.best.layout) == (3, Layout(shard=3))
-    assert why(found, 5) == "4 nodes live"
+    assert why(found, 5) == "4 of them live"
     assert "steps/s" in why(found, 2)
 
 
