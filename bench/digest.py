@@ -26,8 +26,8 @@ from stormjib_checkpoint import digest
 from stormjib_checkpoint.boxes import Box, whole
 from stormjib_checkpoint.digest import on_device, twin
 from stormjib_checkpoint.digest.definition import words
-from stormjib_checkpoint.engine.hashing import BLOCK_BYTES
 from stormjib_checkpoint.format import ITEM_BYTES
+from stormjib_checkpoint.hashing import BLOCK_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple, Self
 import torch
 
 from stormjib_checkpoint.engine import memory
-from stormjib_checkpoint.engine.hashing import Hashing
+from stormjib_checkpoint.hashing import Hashing, Memory
 from stormjib_checkpoint.tensors import copyable, on_host
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ class Fetching:
         lanes: Mapping[torch.device, Lane],
     ) -> None:
         """As for `staging.Copying`; `lanes` has one for each device."""
-        self._arena, self._staged, self._hashing = arena, staged, Hashing(file, arena)
+        self._arena, self._staged, self._hashing = arena, staged, Hashing(file, arena.piece_bytes)
         self._sources = [torch.frombuffer(bytearray(file.head), dtype=torch.uint8), *locals_]
         self._starts = [0, *file.starts]
         self._lanes = lanes
@@ -150,7 +150,7 @@ class Fetching:
             piece = self._asked[0]
             for mark in piece.marks:
                 mark.synchronize()
-            for _ in self._hashing.blocks(piece.number):
+            for _ in self._hashing.blocks(piece.number, Memory(self._arena.view, self._arena.address)):
                 pass  # it has come
             self._staged(piece.number)
             del self._asked[0]

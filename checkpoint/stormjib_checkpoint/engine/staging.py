@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from stormjib_checkpoint.engine import memory
-from stormjib_checkpoint.engine.hashing import Hashing
 from stormjib_checkpoint.engine.workers import is_interrupt, spoiled_by
+from stormjib_checkpoint.hashing import Hashing, Memory
 from stormjib_checkpoint.tensors import is_direct, on_host
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class Copying:
     ) -> None:
         """The file's parts are `locals_` now. `staged` is told the number of each piece as soon as it is whole, by any thread; the
         piece is then held by whoever was told."""
-        self._arena, self._staged, self._hashing = arena, staged, Hashing(file, arena)
+        self._arena, self._staged, self._hashing = arena, staged, Hashing(file, arena.piece_bytes)
         self._sources = [torch.frombuffer(bytearray(file.head), dtype=torch.uint8), *locals_]
         self._starts = [0, *file.starts]
         self._turn = nullcontext() if all(map(is_direct, locals_)) else threading.Lock()
@@ -88,7 +88,7 @@ class Copying:
         self._staged(piece)
 
     def _fill(self, piece: int) -> None:
-        for number, at, upto in self._hashing.blocks(piece):
+        for number, at, upto in self._hashing.blocks(piece, Memory(self._arena.view, self._arena.address)):
             source = self._host(number).data_ptr() + at - self._starts[number]
             memory.copy(self._arena.address + at, source, upto - at)
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from stormjib_checkpoint.format import Atom
+    from stormjib_checkpoint.index import IndexAtom
     from stormjib_checkpoint.reader import Checkpoint
 
 HEAD = 8
@@ -47,7 +47,7 @@ def _difference(name: str, one: Checkpoint, other: Checkpoint) -> str | None:
             ABSENT not in pair and len({canonical(to_json(v, name)) for v in pair}) == 1
         )
         return None if equal else f"{pair[0]!r} in the first, {pair[1]!r} in the second"
-    digests = {_digest(one.atoms[name]), _digest(other.atoms[name])}
+    digests = {one.atoms[name].digest, other.atoms[name].digest}
     if None not in digests:
         return None if len(digests) == 1 else "other elements, by the digests"
     count = _unequal(name, one, other)
@@ -59,12 +59,6 @@ def _kind(name: str, checkpoint: Checkpoint) -> str:
         return "absent" if checkpoint.scalars[name] is ABSENT else "a value"
     atom = checkpoint.atoms.get(name)
     return "missing" if atom is None else f"{atom.dtype} {list(atom.shape)}"
-
-
-def _digest(atom: Atom) -> int | None:
-    """Partial digests add up, however the atom is cut."""
-    parts = [stored.digest for stored in atom.boxes]
-    return sum(int(part, 16) for part in parts if part is not None) % 2**64 if None not in parts else None
 
 
 def _unequal(name: str, one: Checkpoint, other: Checkpoint) -> int:
@@ -123,13 +117,13 @@ def to_npy(checkpoint: Checkpoint, name: str, path: Path) -> None:
             file.write((part.float() if atom.dtype == "BF16" else part).numpy().data)
 
 
-def _atom(checkpoint: Checkpoint, name: str) -> Atom:
+def _atom(checkpoint: Checkpoint, name: str) -> IndexAtom:
     if name not in checkpoint.atoms:
         raise StateMismatch(f"there is no tensor {name}; `stormjib ckpt show` lists them")
     return checkpoint.atoms[name]
 
 
-def _tensors(checkpoint: Checkpoint, name: str, atom: Atom) -> Iterator[torch.Tensor]:
+def _tensors(checkpoint: Checkpoint, name: str, atom: IndexAtom) -> Iterator[torch.Tensor]:
     """The elements in order, as flat tensors."""
     dtype = DTYPES[atom.dtype]
     for _, parts in streams(checkpoint, [name]):

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
-    from stormjib_checkpoint.format import Atom
+    from stormjib_checkpoint.index import IndexAtom
     from stormjib_checkpoint.reader import Checkpoint
 
 SHARD_BYTES = 4 * 1024**3
@@ -130,7 +130,7 @@ def _config(checkpoint: Checkpoint) -> dict[str, Any] | None:
     }
 
 
-def _filled(atoms: Mapping[str, Atom], shard_bytes: int) -> Iterator[list[str]]:
+def _filled(atoms: Mapping[str, IndexAtom], shard_bytes: int) -> Iterator[list[str]]:
     """Names in order, cut into files."""
     names: list[str] = []
     size = 0

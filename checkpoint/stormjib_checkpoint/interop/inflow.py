@@ -5,6 +5,7 @@ A crash on the way leaves no manifest, so nothing that counts; the next try open
 
 from __future__ import annotations
 
+import ctypes
 import os
 import zlib
 from contextlib import ExitStack
@@ -16,13 +17,13 @@ from stormjib_checkpoint import layout
 from stormjib_checkpoint.boxes import flaw, part, runs, whole
 from stormjib_checkpoint.commit import commit_step
 from stormjib_checkpoint.errors import ForeignDamaged, ImportRefused
-from stormjib_checkpoint.format import ITEM_BYTES, PIECE_BYTES, DataFile
+from stormjib_checkpoint.format import ITEM_BYTES, PIECE_BYTES
+from stormjib_checkpoint.hashing import Hashing, Memory
 from stormjib_checkpoint.history import committed
 from stormjib_checkpoint.image import image_of
 from stormjib_checkpoint.layout import GenerationId
 from stormjib_checkpoint.left import leave
 from stormjib_checkpoint.opening import open_next
-from stormjib_checkpoint.pieces import piece_digest
 from stormjib_checkpoint.tensors import DTYPES, Held
 from stormjib_checkpoint.writer import Part, records_of, refuse_unstorable
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from stormjib_checkpoint.image import Image
     from stormjib_checkpoint.interop.foreign import Foreign, Source
     from stormjib_checkpoint.storage import NewFile, Storage
+    from stormjib_checkpoint.writer import Staged
 
 
 class _Range(NamedTuple):
@@ -76,9 +78,8 @@ def _write_rank(storage: Storage, foreign: Foreign, who: Part) -> None:
     image = image_of([_held(source, who) for source in foreign.sources], who.rank, {})
     path = f"{layout.folder(who.step, who.generation)}/{layout.rank_data(who.rank)}"
     with storage.new(path, image.size) as file, _Files() as files:
-        digests = _fill(file, image, {source.name: source for source in foreign.sources}, files)
-    data = DataFile(image.size, PIECE_BYTES, digests)
-    records = records_of(who, data, image, foreign.scalars, {}, {}, storage.key)
+        staged = _fill(file, image, {source.name: source for source in foreign.sources}, files)
+    records = records_of(who, staged, image, foreign.scalars, {}, {}, storage.key)
     leave(storage, who.step, who.generation, who.rank, records)
 
 
@@ -90,16 +91,18 @@ def _held(source: Source, who: Part) -> Held:
     else:
         primary = zlib.crc32(source.name.encode()) % who.world == who.rank
     local = torch.empty(box.shape, dtype=DTYPES[source.dtype], device="meta")
-    return Held(source.name, source.dtype, source.shape, box, local, primary)
+    return Held(source.name, source.dtype, source.shape, box, local, primary, copies=1)
 
 
-def _fill(file: NewFile, image: Image, sources: Mapping[str, Source], files: _Files) -> tuple[str, ...]:
-    """Write the file piece by piece; the digest of each."""
-    digests: list[str] = []
+def _fill(file: NewFile, image: Image, sources: Mapping[str, Source], files: _Files) -> Staged:
+    """Write the file piece by piece; its checksums and digests."""
+    hashing = Hashing(image, PIECE_BYTES)
     left = _ranges(image, sources)
     ahead: _Range | None = None
     buffer = bytearray(min(PIECE_BYTES, image.size))
-    for start in range(0, image.size, PIECE_BYTES):
+    address = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+    for number in range(hashing.pieces):
+        start = number * PIECE_BYTES
         piece = memoryview(buffer)[: min(PIECE_BYTES, image.size - start)]
         end = start + len(piece)
         head = image.head[start:end]
@@ -112,9 +115,10 @@ def _fill(file: NewFile, image: Image, sources: Mapping[str, Source], files: _Fi
             ahead = one._replace(into=at + count, length=one.length - count, start=one.start + count)
             ahead = ahead if ahead.length else None
             at += count
-        digests.append(piece_digest(piece))
+        for _ in hashing.blocks(number, Memory(piece, address, start)):
+            pass
         file.write(start, piece)
-    return tuple(digests)
+    return hashing.staged()
 
 
 def _ranges(image: Image, sources: Mapping[str, Source]) -> Iterator[_Range]:

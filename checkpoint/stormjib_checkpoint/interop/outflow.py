@@ -6,7 +6,7 @@ from itertools import groupby
 from operator import itemgetter
 from typing import TYPE_CHECKING
 
-from stormjib_checkpoint.boxes import Box, whole
+from stormjib_checkpoint.boxes import slabs, whole
 from stormjib_checkpoint.errors import ExportRefused
 from stormjib_checkpoint.format import ITEM_BYTES
 from stormjib_checkpoint.tensors import DTYPES, Held, empty, memory
@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-    from stormjib_checkpoint.format import Atom
+    from stormjib_checkpoint.boxes import Box
+    from stormjib_checkpoint.index import IndexAtom
     from stormjib_checkpoint.reader import Checkpoint
 
 WINDOW_BYTES = 64 * 1024 * 1024
@@ -35,7 +36,7 @@ def _parts(checkpoint: Checkpoint, names: Sequence[str], window: int) -> Iterato
     size = 0
     for name in names:
         atom = checkpoint.atoms[name]
-        for box in boxes(atom.shape, ITEM_BYTES[atom.dtype], window):
+        for box in slabs(whole(atom.shape), max(1, window // ITEM_BYTES[atom.dtype])):
             more = box.volume * ITEM_BYTES[atom.dtype]
             if batch and size + more > window:
                 yield from _filled(checkpoint, batch)
@@ -51,26 +52,9 @@ def _filled(checkpoint: Checkpoint, batch: Sequence[Held]) -> Iterator[tuple[str
         yield held.name, memory(held.local)
 
 
-def _held(name: str, atom: Atom, box: Box) -> Held:
+def _held(name: str, atom: IndexAtom, box: Box) -> Held:
     local = empty(box.shape, DTYPES[atom.dtype])
-    return Held(name, atom.dtype, atom.shape, box, local, True)
-
-
-def boxes(shape: Sequence[int], item_bytes: int, window: int) -> Iterator[Box]:
-    """An atom of this shape in boxes of at most `window` bytes, each of which is one run of its row-major elements."""
-    return _cut(whole(shape), 0, max(1, window // item_bytes))
-
-
-def _cut(box: Box, dim: int, elements: int) -> Iterator[Box]:
-    if box.volume <= elements:
-        yield box
-        return
-    row = box.volume // box.shape[dim]
-    rows = max(1, elements // row)
-    for start in range(0, box.shape[dim], rows):
-        count = min(rows, box.shape[dim] - start)
-        offset = (*box.offset[:dim], box.offset[dim] + start, *box.offset[dim + 1 :])
-        yield from _cut(Box(offset, (*box.shape[:dim], count, *box.shape[dim + 1 :])), dim + 1, elements)
+    return Held(name, atom.dtype, atom.shape, box, local, primary=True, copies=1)
 
 
 def new_folder(folder: Path) -> None:

@@ -23,7 +23,7 @@ from stormjib_checkpoint.history import committed
 from stormjib_checkpoint.interop import hf, inflow
 from stormjib_checkpoint.interop.foreign import Chunk, Foreign, Source
 from stormjib_checkpoint.interop.inflow import bring_in
-from stormjib_checkpoint.interop.outflow import boxes, streams
+from stormjib_checkpoint.interop.outflow import streams
 from stormjib_checkpoint.reader import load
 from stormjib_checkpoint.storage import Local
 from stormjib_checkpoint.verify import verify
@@ -84,15 +84,6 @@ def test_any_cut_comes_in_on_any_number_of_ranks(
     assert all(torch.equal(state[name], tensor) for name, tensor in tensors.items())
     assert state["group.0.lr"] == 0.5
     assert [flaw for _, flaw in verify(storage, point)] == [None] * world
-
-
-@given(shape=st.lists(st.integers(1, 7), max_size=4).map(tuple), window=st.integers(1, 200))
-def test_windows_are_runs_of_a_tensor_one_after_the_other(shape: tuple[int, ...], window: int) -> None:
-    numbers = torch.arange(torch.Size(shape).numel()).reshape(shape)
-    found = list(boxes(shape, 4, window))
-    assert all(box.volume * 4 <= max(window, 4) for box in found)
-    parts = [numbers[tuple(map(slice, box.offset, box.end))].flatten() for box in found]
-    assert torch.equal(torch.cat(parts), numbers.flatten())
 
 
 def test_neither_way_takes_more_memory_than_a_window(tmp_path: Path) -> None:

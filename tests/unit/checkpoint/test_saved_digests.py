@@ -15,13 +15,14 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from fakes.digests import of, said
 from fakes.meshes import Mesh, filled, held, meshes, raw
 from fakes.saving import commit_states, save_parts
+from stormjib_checkpoint import hashing
 from stormjib_checkpoint.boxes import whole
 from stormjib_checkpoint.dcp import StormjibWriter
-from stormjib_checkpoint.engine import Engine, hashing
+from stormjib_checkpoint.engine import Engine
 from stormjib_checkpoint.engine.arena import Arena
-from stormjib_checkpoint.engine.hashing import Hashing
 from stormjib_checkpoint.engine.staging import Copying
 from stormjib_checkpoint.format import ITEM_BYTES, PIECE_BYTES
+from stormjib_checkpoint.hashing import Hashing, Memory
 from stormjib_checkpoint.image import image_of
 from stormjib_checkpoint.layout import GenerationId
 from stormjib_checkpoint.storage import Local
@@ -99,14 +100,14 @@ def test_pieces_and_blocks_hold_whole_elements(parts: list[tuple[torch.dtype, in
     )
     arena = Arena(file.size)
     arena.piece_bytes = 1024
-    ours = Hashing(file, arena)
+    ours = Hashing(file, arena.piece_bytes)
     source = file.head + b"".join(raw(part.local) for part in file.parts)
     order = list(range(ours.pieces))
     Random(seed).shuffle(order)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(hashing, "BLOCK_BYTES", 256)
         for piece in order:
-            for number, at, upto in ours.blocks(piece):
+            for number, at, upto in ours.blocks(piece, Memory(arena.view, arena.address)):
                 arena.view[at:upto] = source[at:upto]
                 size = ITEM_BYTES[file.parts[number - 1].dtype] if number else 1
                 start = file.starts[number - 1] if number else 0

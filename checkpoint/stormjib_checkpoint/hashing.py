@@ -15,7 +15,6 @@ from stormjib_checkpoint.writer import Staged
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from stormjib_checkpoint.engine.arena import Arena
     from stormjib_checkpoint.image import Image
 
 BLOCK_BYTES = 1024 * 1024
@@ -31,15 +30,23 @@ class Block(NamedTuple):
     upto: int
 
 
-class Hashing:
-    """Of a file in an arena, piece by piece, in any order and by several threads."""
+class Memory(NamedTuple):
+    """Where bytes of the file lie, from byte `begins` on."""
 
-    def __init__(self, file: Image, arena: Arena) -> None:
-        self._size, self._arena = file.size, arena
+    view: memoryview
+    address: int
+    begins: int = 0
+
+
+class Hashing:
+    """Of a file that is made in memory, piece by piece, in any order and by several threads."""
+
+    def __init__(self, file: Image, piece_bytes: int) -> None:
+        self._size, self._piece_bytes = file.size, piece_bytes
         self._starts = [0, *file.starts, file.size]
         self._dtypes = [part.dtype for part in file.parts]
         self._boxes = [digest.geometry(part.shape, part.box) for part in file.parts]
-        self._checksums = [""] * -(-file.size // arena.piece_bytes)
+        self._checksums = [""] * -(-file.size // piece_bytes)
         self._digests = [0] * len(file.parts)
         self._adding = threading.Lock()
 
@@ -50,19 +57,19 @@ class Hashing:
 
     def spans(self, piece: int) -> Iterator[Block]:
         """A piece, cut where the parts begin."""
-        start = piece * self._arena.piece_bytes
-        return _spans(self._starts, start, min(start + self._arena.piece_bytes, self._size))
+        start = piece * self._piece_bytes
+        return _spans(self._starts, start, min(start + self._piece_bytes, self._size))
 
-    def blocks(self, piece: int) -> Iterator[Block]:
-        """The blocks of a piece: each is hashed, while the processor has it in its cache, when the next one is asked for."""
+    def blocks(self, piece: int, memory: Memory) -> Iterator[Block]:
+        """The blocks of a piece in `memory`: each is hashed, while the processor has it in its cache, when the next one is asked for."""
         checksum, digests = xxhash.xxh3_64(), []
         for span in self.spans(piece):
             for at in range(span.at, span.upto, BLOCK_BYTES):
                 block = Block(span.number, at, min(at + BLOCK_BYTES, span.upto))
                 yield block
-                checksum.update(self._arena.view[block.at : block.upto])
+                checksum.update(memory.view[block.at - memory.begins : block.upto - memory.begins])
                 if block.number:
-                    digests.append((block.number - 1, self._digest(block)))
+                    digests.append((block.number - 1, self._digest(block, memory)))
         self._checksums[piece] = checksum.hexdigest()
         with self._adding:
             for part, partial in digests:
@@ -70,14 +77,16 @@ class Hashing:
 
     def staged(self) -> Staged:
         """After all blocks of all pieces."""
-        data = DataFile(self._size, self._arena.piece_bytes, tuple(self._checksums))
+        data = DataFile(self._size, self._piece_bytes, tuple(self._checksums))
         return Staged(data, tuple(digest.text(digest.add([found])) for found in self._digests))
 
-    def _digest(self, block: Block) -> int:
+    def _digest(self, block: Block, memory: Memory) -> int:
         part = block.number - 1
         dtype, size = self._dtypes[part], ITEM_BYTES[self._dtypes[part]]
         first, count = (block.at - self._starts[block.number]) // size, (block.upto - block.at) // size
-        return digest.partial(self._arena.address + block.at, dtype, self._boxes[part], first, count)
+        return digest.partial(
+            memory.address + block.at - memory.begins, dtype, self._boxes[part], first, count
+        )
 
 
 def _spans(starts: Sequence[int], at: int, end: int) -> Iterator[Block]:
