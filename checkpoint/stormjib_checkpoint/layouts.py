@@ -305,53 +305,75 @@ def transition(model: Model, machine: Machine, before: Standing | None, layout: 
     The state counts as one box, cut by stages, by tensor ranks and by shards, so the bytes are those of a load plan for evenly cut
     tensors. Without `before` all comes from the storage.
     """
-    if layout == (before.layout if before else None) and before and before.kept == tuple(range(layout.world)):
-        return Transition(model.stored_bytes * layout.replicate, 0, 0, 0.0)
-    lost = _lost_parts(before) if before else [((0.0, 1.0),) * 3]
-    own = peers = store = slowest = 0.0
-    for rank in range(layout.world):
-        wanted = _part(layout, rank)
-        old = before.kept[rank] if before and rank < len(before.kept) else None
-        has = _shared(wanted, _part(before.layout, old)) if before and old is not None else 0.0
-        gone = sum(_shared(wanted, part) for part in lost)
-        lent = max(0.0, _volume(wanted) - has - gone)
-        own, peers, store = own + has, peers + lent, store + gone
-        seconds = lent / machine.peer_bytes_per_s + gone / machine.store_bytes_per_s
-        slowest = max(slowest, seconds * model.stored_bytes)
     size = model.stored_bytes
-    return Transition(
-        round(own * size), round(peers * size), round(store * size), machine.restart_s + slowest
+    if before is not None and before == Standing(layout, tuple(range(layout.world))):
+        return Transition(size * layout.replicate, 0, 0, 0.0)
+    needs = _needs(before, layout)
+    own, peers, store = (round(sum(one[source] for one in needs) * size) for source in range(3))
+    slowest = max(
+        need.peers / machine.peer_bytes_per_s + need.store / machine.store_bytes_per_s for need in needs
     )
+    return Transition(own, peers, store, machine.restart_s + slowest * size)
 
 
-Part = tuple[tuple[float, float], ...]
-"""A box of the whole state, in shares of it: along layers, tensor ranks and shards."""
+class _Need(NamedTuple):
+    """What a rank needs, in shares of the whole state: what it has itself, what peers have, and what nobody has."""
+
+    own: float
+    peers: float
+    store: float
 
 
-def _part(layout: Layout, rank: int) -> Part:
+def _needs(before: Standing | None, layout: Layout) -> list[_Need]:
+    part = 1 / (layout.pp * layout.tp * layout.shard)
+    if before is None:
+        return [_Need(0.0, 0.0, part)] * layout.world
+    gone = _gone(before, layout)
+    needs = []
+    for rank in range(layout.world):
+        cell = _cell(layout, rank)
+        old = before.kept[rank] if rank < len(before.kept) else None
+        own = 0.0 if old is None else _shared(before.layout, _cell(before.layout, old), layout, cell)
+        store = gone.get(cell, 0.0)
+        needs.append(_Need(own, max(0.0, part - own - store), store))
+    return needs
+
+
+Cell = tuple[int, int, int]
+"""Which part of the state: stage, tensor rank, shard."""
+
+
+def _cell(layout: Layout, rank: int) -> Cell:
     """What a rank holds. Ranks count tensor ranks first, then shards, replicas, stages."""
     rest, tp = divmod(rank, layout.tp)
     rest, shard = divmod(rest, layout.shard)
-    stage = rest // layout.replicate
-    cuts = ((stage, layout.pp), (tp, layout.tp), (shard, layout.shard))
-    return tuple((index / parts, (index + 1) / parts) for index, parts in cuts)
+    return rest // layout.replicate, tp, shard
 
 
-def _lost_parts(before: Standing) -> list[Part]:
-    """Parts of the state that no living rank has."""
-    alive = {_part(before.layout, rank) for rank in before.kept if rank is not None}
-    return sorted({_part(before.layout, rank) for rank in range(before.layout.world)} - alive)
+def _cuts(layout: Layout) -> Cell:
+    return layout.pp, layout.tp, layout.shard
 
 
-def _shared(one: Part, other: Part) -> float:
-    return _volume([(max(a, c), min(b, d)) for (a, b), (c, d) in zip(one, other, strict=True)])
+def _gone(before: Standing, layout: Layout) -> dict[Cell, float]:
+    """How much of each part of `layout` no living rank has."""
+    alive = {_cell(before.layout, rank) for rank in before.kept if rank is not None}
+    found: dict[Cell, float] = {}
+    for lost in {_cell(before.layout, rank) for rank in range(before.layout.world)} - alive:
+        sides = zip(lost, _cuts(before.layout), _cuts(layout), strict=True)
+        # Along each axis: the parts of the new cut that the old one's part reaches into.
+        meeting = [range(at * new // old, -(-(at + 1) * new // old)) for at, old, new in sides]
+        for stage, tp, shard in product(*meeting):
+            cell = (stage, tp, shard)
+            found[cell] = found.get(cell, 0.0) + _shared(before.layout, lost, layout, cell)
+    return found
 
 
-def _volume(part: Sequence[tuple[float, float]]) -> float:
-    size = 1.0
-    for begin, end in part:
-        size *= max(0.0, end - begin)
-    return size
+def _shared(one: Layout, a: Cell, other: Layout, b: Cell) -> float:
+    """The share of the state that lies in both parts."""
+    share = 1.0
+    for i, cut, j, other_cut in zip(a, _cuts(one), b, _cuts(other), strict=True):
+        share *= max(0.0, min((i + 1) / cut, (j + 1) / other_cut) - max(i / cut, j / other_cut))
+    return share
 
 
 # --- which one --------------------------------------------------------------------------------------------------------

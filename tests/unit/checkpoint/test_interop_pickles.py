@@ -32,7 +32,7 @@ class Calls:
         return self.how
 
 
-MARK = "/tmp/stormjib-hostile-pickle"
+MARK = f"/tmp/stormjib-hostile-pickle-{os.getpid()}"
 HOSTILE = {
     "posix.system": pickle.dumps(Calls(os.system, f"touch {MARK}")),
     "builtins.eval": pickle.dumps(Calls(eval, "1+1")),
@@ -40,7 +40,7 @@ HOSTILE = {
     "subprocess.Popen": pickle.dumps(Calls(subprocess.Popen, ["touch", MARK])),
     "torch.serialization.load": pickle.dumps({"a": [Calls(torch.load, "x")]}),
     "torch.serialization.os.system": b"\x80\x04\x8c\x13torch.serialization\x8c\x09os.system\x93.",
-    "os.system": b"cos\nsystem\n(S'touch /tmp/stormjib-hostile-pickle'\ntR.",
+    "os.system": f"cos\nsystem\n(S'touch {MARK}'\ntR.".encode(),
 }
 
 
