@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import replace
 from typing import Any
@@ -126,6 +127,8 @@ def test_any_spec_on_any_two_meshes(
 @st.composite
 def viewed(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
     """A tensor that is made of others, or is a part of one."""
+    shapes: dict[str, tuple[int, ...]]
+    of: dict[str, tuple[int, ...]]
     count, groups, width = draw(st.integers(1, 4)), draw(st.integers(1, 3)), draw(st.integers(1, 3))
     kind = draw(st.sampled_from(["joined", "grouped", "stacked", "apart", "turned"]))
     rows = [groups * draw(st.integers(1, 3)) for _ in range(3)]
@@ -382,6 +385,11 @@ CASES: list[tuple[dict[str, Any], dict[str, int], str]] = [
         {},
         r"4 elements are no whole number of units of 3",
     ),
+    (
+        spec({"match": "a.w", "parts": {"dim": 0, "of": [1, 1]}, "shard": [{"tp": "parts", "unit": 2}]}),
+        {},
+        r"rule 'a\.w' has a unit for all of its parts",
+    ),
     (spec({"match": "a.w", "shard": [{"tp": "parts"}]}), {}, r"has to have `parts` and one cut of them"),
     (spec({"match": "a.w", "shard": [{"tp": 0}], "replicate": ["tp"]}), {}, r"cuts over tp, and says"),
     (spec({"match": "a.w", "shard": [{"tp": 0}, {"tp": 1}]}), {}, r"cuts twice over one axis"),
@@ -420,6 +428,51 @@ CASES: list[tuple[dict[str, Any], dict[str, int], str]] = [
 def test_what_is_wrong_is_refused_by_name(value: dict[str, Any], mesh: dict[str, int], why: str) -> None:
     with pytest.raises(SpecError, match=why):
         parse(value).on(mesh, {"model.a.w": (4, 4)}).rank(0)
+
+
+WHOLE = views(
+    {"to": "b.{x}", "of": ["q.{x}", "k.{x}"], "dim": 0, "groups": "heads", "rope": 1},
+    axes=["pp", "dp", "tp"],
+    sizes={"heads": 2},
+    rules=[
+        {"match": "a.*", "shard": [{"tp": 0, "uneven": "front", "unit": "heads", "cover": 3}], "cast": "BF16"},
+        {"match": "c", "parts": {"dim": 0, "of": [1, 2], "unit": [1, 1]}, "shard": [{"tp": "parts"}]},
+        {"match": "d", "pad": {"dim": 0, "to": [2, "tp"]}, "replicate": ["dp"], "then": {"zero": {"over": ["dp"], "of": "all"}}},
+        {"match": "e", "partial": {"over": "dp", "union": "mean"}},
+        {"match": "f", "tie": "c"},
+    ],
+    place={"over": "pp", "layers": "a.{i}", "counts": [1], "chunks": 1, "first": ["c"], "last": ["f"]},
+    state={"m": "like"},
+    then={"fsdp": {"over": ["dp"], "of": "all", "dim": 0}},
+)  # fmt: skip
+scalars = (
+    st.none()
+    | st.booleans()
+    | st.integers(-2, 9)
+    | st.sampled_from(["tp", "xp", "", "{", "{i}", "**", "parts"])
+)
+anything = st.recursive(
+    scalars,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+)
+
+
+def places(value: Any) -> list[tuple[Any, Any]]:
+    """Every place in plain data: a list or dict, and the index or key in it."""
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [place for key, one in inside for place in ((value, key), *places(one))]
+
+
+@settings(max_examples=300)
+@given(st.data(), anything)
+def test_whatever_stands_in_a_spec_is_read_or_refused(data: st.DataObject, other: Any) -> None:
+    value = json.loads(json.dumps(WHOLE))
+    parse(value)
+    where, key = data.draw(st.sampled_from(places(value)))
+    where[key] = other
+    shapes = {"a.0": (4, 2), "c": (3,), "d": (2, 2), "e": (2,), "q.w": (4, 1), "k.w": (4, 1)}
+    with contextlib.suppress(SpecError):
+        check(parse(value).on({"dp": 2, "tp": 2}, shapes))
 
 
 def test_state_that_the_spec_does_not_know_is_refused() -> None:
