@@ -262,8 +262,11 @@ def test_what_a_layout_says_otherwise_is_refused(
 def test_another_name_of_a_cut_tensor_has_to_be_tied() -> None:
     layout = parse(spec({"match": "w", "shard": [{"tp": 0}]})).on({"tp": 2}, {"model.w": (4, 2)})
     weight = torch.zeros(2, 2)
-    with pytest.raises(UnsupportedState, match=r"model\.head shares the memory of model\.w.*tie it there"):
+    with pytest.raises(UnsupportedState, match=r"model\.head is the memory of model\.w.*tie it there"):
         split({"model.w": weight, "model.head": weight}, 0, 2, layout)
+    apart = torch.zeros(6, 2)
+    beside = {"model.w": apart[:2], "model.other": apart[2:]}
+    assert {part.name for part in split(beside, 0, 2, layout).parts} == {"model.w", "model.other"}
 
 
 def test_a_tie_is_told_and_stored_once() -> None:
