@@ -12,7 +12,8 @@ help:            ## list the verbs
 
 setup: $(VENV)/.ready ## make .venv from the locked requirements, install missing Debian packages
 
-$(VENV)/.ready: requirements/dev.txt requirements/uv.txt pyproject.toml tools/setup.sh
+$(VENV)/.ready: requirements/dev.txt requirements/uv.txt pyproject.toml tools/setup.sh tools/build_kernel.py \
+  checkpoint/stormjib_checkpoint/digest/kernel.c
 	tools/setup.sh $(VENV)
 	touch $@
 
@@ -67,6 +68,8 @@ bench: setup      ## every benchmark, tables on the terminal
 	$(PY) -m bench.restore --quick
 	$(PY) -m bench.store_client --quick
 	$(PY) -m bench.copies --quick
+	$(PY) -m bench.digest --quick
+	$(PY) -m bench.index --quick
 
 lock: setup       ## write requirements/*.txt anew
 	$(BIN)/uv pip compile pyproject.toml --extra demo --extra s3 --group lint --universal --python-version 3.11 \

@@ -11,12 +11,14 @@ python=${PYTHON:-python3}
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
   { say "Python 3.11 or newer is needed; $python is $("$python" -V). Set PYTHON=/path/to/python3.11."; exit 1; }
 
-# The local cluster needs these on the machine itself, and one test strace; everything else comes from Python or from Go modules.
-declare -A package=([containerd]=containerd [runc]=runc [nft]=nftables [ip]=iproute2 [git]=git [strace]=strace)
+# The local cluster needs these on the machine itself, one test strace, and the digest's kernel a compiler; everything else comes from
+# Python or from Go modules.
+declare -A package=([containerd]=containerd [runc]=runc [nft]=nftables [ip]=iproute2 [git]=git [strace]=strace [cc]=gcc)
 missing=()
 for command in "${!package[@]}"; do
   PATH=$PATH:/usr/sbin:/sbin command -v "$command" >/dev/null || missing+=("${package[$command]}")
 done
+[ -e /usr/include/stdint.h ] || missing+=(libc6-dev)
 [ -x /usr/lib/cni/bridge ] || [ -x /opt/cni/bin/bridge ] || missing+=(containernetworking-plugins)
 if [ ${#missing[@]} -gt 0 ]; then
   if command -v apt-get >/dev/null; then

@@ -64,7 +64,7 @@ def runs(source: Box, target: Box) -> Iterator[Run]:
     shared = intersect(source, target)
     if shared is None:
         return
-    cut = _contiguous_from(shared, source, target)
+    cut = contiguous_from(shared, source, target)
     length = prod(shared.shape[cut:])
     tail = shared.offset[cut:]
     for head in product(
@@ -74,8 +74,8 @@ def runs(source: Box, target: Box) -> Iterator[Run]:
         yield Run(_index(source, point), _index(target, point), length)
 
 
-def _contiguous_from(shared: Box, source: Box, target: Box) -> int:
-    """First dimension of a run: every dimension behind it is whole in both boxes."""
+def contiguous_from(shared: Box, source: Box, target: Box) -> int:
+    """First dimension of a run of what two boxes share: every dimension behind it is whole in both."""
     cut = len(shared.shape)
     while cut > 0:
         cut -= 1
@@ -89,6 +89,24 @@ def _index(box: Box, point: Sequence[int]) -> int:
     for size, offset, at in zip(box.shape, box.offset, point, strict=True):
         index = index * size + (at - offset)
     return index
+
+
+def slabs(box: Box, most: int) -> Iterator[Box]:
+    """The box in slices along its first dimensions, of at most `most` elements each, in row-major order."""
+    if box.volume <= most:
+        yield box
+        return
+    rest = prod(box.shape[1:])
+    step = max(1, most // rest)
+    for at in range(0, box.shape[0], step):
+        size = min(step, box.shape[0] - at)
+        piece = Box((box.offset[0] + at, *box.offset[1:]), (size, *box.shape[1:]))
+        if rest <= most:
+            yield piece
+            continue
+        inner = Box(piece.offset[1:], piece.shape[1:])
+        for one in slabs(inner, most):
+            yield Box((piece.offset[0], *one.offset), (1, *one.shape))
 
 
 def flaw(shape: Sequence[int], boxes: Sequence[Box]) -> str | None:

@@ -2,43 +2,36 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-from json import dumps
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from stormjib_checkpoint import commit, history, layout, retention, verify
-from stormjib_checkpoint.errors import CheckpointError, MissingCheckpoint
+from stormjib_checkpoint.interop import commands as interop
 from stormjib_checkpoint.ledger import audit as read_audit
 from stormjib_checkpoint.step import CommittedStep
-from stormjib_checkpoint.storage import Local
-from stormjib_checkpoint.stores.urls import open_storage
+from stormjib_checkpoint.telling import OUT as _out
+from stormjib_checkpoint.telling import AsJson, Root, Step
+from stormjib_checkpoint.telling import bar as _bar
+from stormjib_checkpoint.telling import on_step as _on
+from stormjib_checkpoint.telling import print_json as _json
+from stormjib_checkpoint.telling import storage_at as _storage
+from stormjib_checkpoint.telling import told as _told
+from stormjib_checkpoint.telling import warn as _warn
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from stormjib_checkpoint.format import ResumePoint
     from stormjib_checkpoint.storage import Storage
 
-app = typer.Typer(no_args_is_help=True, help="Checkpoints of a job: list, show, verify, audit, finish, gc.")
-_out = Console(soft_wrap=True)
-T = TypeVar("T")
-
-Root = Annotated[
-    str,
-    typer.Argument(
-        help="The job's folder, <storage>/<namespace>/<job>, or the URL of a store: s3://bucket/job."
-    ),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="JSON instead of a table.")]
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Checkpoints of a job: look, prove, audit, finish, delete, compare, bring out and in.",
+)
 Keep = Annotated[int, typer.Option(min=2, help="Committed steps to keep.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be deleted.")]
-Step = Annotated[int | None, typer.Option(help="A committed step of the history; the newest if left out.")]
 
 
 @app.command()
@@ -68,7 +61,7 @@ def show(root: Root, step: Step = None, json: AsJson = False) -> None:
         name: {
             "dtype": atom.dtype,
             "shape": list(atom.shape),
-            "ranks": [stored.rank for stored in atom.boxes],
+            "ranks": atom.ranks,
         }
         for name, atom in content.atoms.items()
     }
@@ -80,7 +73,7 @@ def show(root: Root, step: Step = None, json: AsJson = False) -> None:
     table = Table("name", "type", "shape", "ranks", box=None)
     for name, tensor in tensors.items():
         shape = "x".join(map(str, tensor["shape"])) or "scalar"
-        table.add_row(name, tensor["dtype"], shape, ",".join(map(str, tensor["ranks"])))
+        table.add_row(name, tensor["dtype"], shape, _short(tensor["ranks"]))
     for name, first in content.ties.items():
         table.add_row(name, "is", first, "")
     for name in content.absent:
@@ -88,6 +81,17 @@ def show(root: Root, step: Step = None, json: AsJson = False) -> None:
     _out.print(table)
     for name, value in content.scalars.items():
         _out.print(f"{name} = {value!r}", markup=False, highlight=False)
+
+
+def _short(ranks: Iterable[int]) -> str:
+    """Ranks in growing order, as `0-511,600`."""
+    runs: list[tuple[int, int]] = []
+    for rank in ranks:
+        if runs and rank <= runs[-1][1] + 1:
+            runs[-1] = (runs[-1][0], rank)
+        else:
+            runs.append((rank, rank))
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
 @app.command(name="verify")
@@ -163,13 +167,6 @@ def audit(root: Root, json: AsJson = False) -> None:
         raise typer.Exit(1)
 
 
-def _storage(root: str, *, write: bool = False) -> Storage:
-    storage = open_storage(root, write=write)
-    if isinstance(storage, Local) and not os.path.isdir(storage.root):
-        raise typer.BadParameter(f"{root} is no folder")
-    return storage
-
-
 def _row(
     storage: Storage, step: int, generation: layout.GenerationId, points: Collection[tuple[int, str]]
 ) -> dict[str, Any]:
@@ -196,51 +193,10 @@ def _told_gaps(gaps: Sequence[int]) -> list[str]:
     return [f"no samples written down for steps {gaps[:20]}"] if gaps else []
 
 
-def _bar(items: Iterable[T], word: str, total: int | None = None) -> Iterable[T]:
-    """The same items, with a progress bar where somebody looks."""
-    shown = Console(stderr=True)
-    return track(items, word, total, console=shown, transient=True, disable=not shown.is_terminal)
-
-
-def _warn(note: str) -> None:
-    Console(stderr=True, soft_wrap=True).print(note, markup=False)
-
-
-def _json(value: object) -> None:
-    print(dumps(value, indent=1))
-
-
-def _point(storage: Storage, step: int | None) -> ResumePoint:
-    points = history.committed(storage)
-    found = next((point for point in points if step in (None, point.step)), None)
-    if found is None:
-        known = ", ".join(str(point.step) for point in points) or "none"
-        raise typer.BadParameter(f"no such committed step in the history; there are: {known}")
-    return found
-
-
-def _on(storage: Storage, step: int | None, use: Callable[[ResumePoint], T]) -> tuple[ResumePoint, T]:
-    """A committed step, and what `use` makes of it. Where none is named and the job deletes it meanwhile: of the newest there is then."""
-    point = _point(storage, step)
-    try:
-        return point, use(point)
-    except MissingCheckpoint:
-        if step is not None:
-            raise
-    return history.at_newest(storage, lambda point: (point, use(point)))
-
-
 def _flaws(storage: Storage, point: ResumePoint) -> dict[str, str]:
     world = CommittedStep(storage, point).manifest.world
     files = _bar(verify.verify(storage, point), "reading", world)
     return {path: flaw for path, flaw in files if flaw is not None}
 
 
-@contextlib.contextmanager
-def _told() -> Iterator[None]:
-    """An error of the library as one line and exit code 1, not as a traceback."""
-    try:
-        yield
-    except CheckpointError as error:
-        _out.print(f"{type(error).__name__}: {error}", markup=False)
-        raise typer.Exit(1) from error
+interop.add_to(app)

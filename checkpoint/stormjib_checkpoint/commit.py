@@ -7,6 +7,7 @@ generation that finishes what its parent left, or a person. All write the same b
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from stormjib_checkpoint import layout
@@ -29,7 +30,7 @@ from stormjib_checkpoint.format import (
 )
 from stormjib_checkpoint.hints import write_hint
 from stormjib_checkpoint.history import committed_by, read_generation, saves
-from stormjib_checkpoint.index import index_of
+from stormjib_checkpoint.indexing import Indexing
 from stormjib_checkpoint.layout import GenerationId
 from stormjib_checkpoint.ledger import Samples, segment
 from stormjib_checkpoint.left import create_same
@@ -57,8 +58,8 @@ def commit_step(storage: Storage, generation: str, world: int, step: int) -> Res
         write_hint(storage, own, done)  # whoever has committed it may have died before
         return point
     before = _step_before(record, done, step)
-    ranks, raw = _read_ranks(storage, step, own, world)
-    files = raw | _index(storage, ranks, layout.folder(step, own))
+    ranks, index, raw = _read_ranks(storage, step, own, world)
+    files = raw | _write_index(storage, ranks, index, layout.folder(step, own))
     ledger = segment(_samples(storage, own, ranks, before), before, step)
     if ledger is not None:
         create_same(storage, layout.ledger_file(own, ledger[0].first, ledger[0].last), ledger[1])
@@ -160,9 +161,11 @@ def _step_before(record: GenerationFile, done: Iterable[int], step: int) -> int:
 
 def _read_ranks(
     storage: Storage, step: int, generation: GenerationId, world: int
-) -> tuple[list[RankFile], dict[str, str]]:
-    """All rank records, read by name because a listing may lag, and their digests."""
+) -> tuple[list[RankFile], AtomsFile, dict[str, str]]:
+    """All rank records without their tensors, the index that is made of those, and the records' digests. Read by name because a listing may
+    lag."""
     place = layout.folder(step, generation)
+    indexing = Indexing(place)
     ranks: list[RankFile] = []
     digests: dict[str, str] = {}
     missing: list[str] = []
@@ -173,11 +176,14 @@ def _read_ranks(
         except NotThere:
             missing.append(name)
             continue
-        ranks.append(_rank_record(storage, data, f"{place}/{name}", (step, generation, rank, world)))
+        record = _rank_record(storage, data, f"{place}/{name}", (step, generation, rank, world))
+        if not missing:
+            indexing.add(record)
+        ranks.append(replace(record, atoms={}, ties={}, absent=(), scalars={}))
         digests[name] = sha256(data)
     if missing:
         raise Incomplete(place, missing)
-    return ranks, digests
+    return ranks, indexing.index(), digests
 
 
 def _rank_record(
@@ -194,9 +200,8 @@ def _rank_record(
     return record
 
 
-def _index(storage: Storage, ranks: Sequence[RankFile], place: str) -> dict[str, str]:
-    """Check data files and tiling, write `atoms.json`; digests of it and of `train.json`."""
-    index = index_of(ranks, place)
+def _write_index(storage: Storage, ranks: Sequence[RankFile], index: AtomsFile, place: str) -> dict[str, str]:
+    """Check data files, write `atoms.json`; digests of it and of `train.json`."""
     for record in ranks:
         _check_data(storage, f"{place}/{layout.rank_data(record.rank)}", record.data.bytes)
     train = _train(storage, index, place)

@@ -25,6 +25,11 @@ CheckpointError
 │   ├── Superseded          a higher generation exists: stop
 │   ├── UnknownGeneration   nobody opened this generation on this storage
 │   └── NoUsableCheckpoint  steps are committed, but none can be loaded
+├── InteropError
+│   ├── ForeignRefused      a foreign file holds what is not read, or says what is not allowed
+│   ├── ForeignDamaged      a foreign file does not hold what it says
+│   ├── ImportRefused       an import would not be what was asked for
+│   └── ExportRefused       the checkpoint cannot be said in that format
 └── LoadError
     ├── MissingCheckpoint   no manifest of that step and generation
     ├── DamagedCheckpoint   the bytes are not those that were written
@@ -150,6 +155,26 @@ class UnknownGeneration(HistoryError):
 
 class NoUsableCheckpoint(HistoryError):
     """Steps are committed, yet none of them can be loaded. Starting from nothing would throw them away silently."""
+
+
+class InteropError(CheckpointError):
+    """An export or import could not be made."""
+
+
+class ForeignRefused(InteropError):
+    """A foreign file says what is not allowed, or holds what this library does not read. Names the file and what it was."""
+
+
+class ForeignDamaged(InteropError):
+    """A foreign file does not hold what it, or its index, says."""
+
+
+class ImportRefused(InteropError):
+    """The place or the names do not allow the import. Nothing was written."""
+
+
+class ExportRefused(InteropError):
+    """The checkpoint has what the other format cannot say, or lacks what it needs. Names it."""
 
 
 class LoadError(CheckpointError):

@@ -8,6 +8,7 @@ from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
 from stormjib_checkpoint.boxes import Box
+from stormjib_checkpoint.grids import Grid  # noqa: TC001 - records are built from their annotations
 from stormjib_checkpoint.layout import GenerationId
 from stormjib_checkpoint.records import Json  # noqa: TC001 - records are built from their annotations
 
@@ -41,12 +42,23 @@ ITEM_BYTES: Mapping[str, int] = {
 RESERVED = "__"
 """Names of a state do not begin so: those that do are kept for the format."""
 
+GRID = "grid"
+"""In `requires` of an `atoms.json` that has grids."""
+
+WIDEST = max(ITEM_BYTES.values())
+"""Bytes of the widest element. Pieces are multiples of it: no element lies across their borders."""
+
 _DIGEST = re.compile(r"[0-9a-f]{16}")
 
 
 def box_key(name: str, ordinal: int) -> str:
     """The key in a rank's data file of its box number `ordinal` of an atom, in the order of their offsets."""
     return name if ordinal == 0 else f"{RESERVED}box.{ordinal}.{name}"
+
+
+def file_order(dtype: str, key: str) -> tuple[int, str]:
+    """Tensors follow each other in a data file as these are sorted: widest elements first, then by key."""
+    return (-ITEM_BYTES[dtype], key)
 
 
 class ResumePoint(NamedTuple):
@@ -57,8 +69,7 @@ class ResumePoint(NamedTuple):
     digest: str
 
 
-@dataclass(frozen=True)
-class StoredBox:
+class StoredBox(NamedTuple):
     """A box of an atom and where its bytes (row-major, little-endian) lie in the data file of `rank`."""
 
     rank: int
@@ -67,11 +78,7 @@ class StoredBox:
     start: int
     end: int
     digest: str | None = None
-    """Partial digest of these elements, which does not depend on how the atom is cut; carried, and not yet written."""
-
-    def __post_init__(self) -> None:
-        if self.digest is not None and _DIGEST.fullmatch(self.digest) is None:
-            raise ValueError(f"digest {self.digest[:40]!r} is not 16 hexadecimal digits")
+    """Partial digest of these elements, which does not depend on how the atom is cut. The index has the atom's instead."""
 
     @property
     def box(self) -> Box:
@@ -80,34 +87,63 @@ class StoredBox:
 
 @dataclass(frozen=True)
 class Atom:
-    """A whole tensor, unsharded: its type, its shape, and the boxes that hold it."""
+    """A whole tensor, unsharded: its type, its shape, and the boxes of it that a rank has stored."""
 
     dtype: str
     shape: tuple[int, ...]
     boxes: tuple[StoredBox, ...]
 
     def __post_init__(self) -> None:
-        if self.dtype not in ITEM_BYTES:
-            raise ValueError(f"unknown dtype {self.dtype[:40]!r}")
-        for stored in self.boxes:
-            self._check(stored)
+        _check_boxes(self.dtype, self.shape, self.boxes)
 
-    def _check(self, stored: StoredBox) -> None:
-        if not len(stored.offset) == len(stored.shape) == len(self.shape):
-            raise ValueError(f"a box of {len(stored.shape)} dimensions in an atom of {len(self.shape)}")
-        sides = zip(stored.offset, stored.shape, self.shape, strict=True)
-        if not all(offset >= 0 and 0 < size <= length - offset for offset, size, length in sides):
-            raise ValueError(
-                f"a box at {list(stored.offset)} reaches outside shape {list(self.shape)}, or is empty"
-            )
-        if stored.end - stored.start != stored.box.volume * ITEM_BYTES[self.dtype]:
-            raise ValueError(
-                f"bytes {stored.start} to {stored.end} do not hold a box of shape {list(stored.shape)}"
-            )
 
-    @property
-    def nbytes(self) -> int:
-        return prod(self.shape) * ITEM_BYTES[self.dtype]
+@dataclass(frozen=True)
+class AtomRow:
+    """An atom in `atoms.json`, with all its boxes: each by itself, or as a grid whose cells lie on `rank` and higher ones."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    boxes: tuple[StoredBox, ...] | None = None
+    grid: int | None = None
+    """Its number in the file."""
+    rank: int | None = None
+    """The lowest rank that holds a cell; those of the grid are counted from it."""
+    digest: str | None = None
+    """Of the whole atom: the sum of its boxes' partial digests, where each has one."""
+
+    def __post_init__(self) -> None:
+        _check_boxes(self.dtype, self.shape, self.boxes or ())
+        _check_digest(self.digest)
+        if (self.boxes is None) is (self.grid is None) or (self.grid is None) is not (self.rank is None):
+            raise ValueError("wanted either boxes, or grid and rank")
+
+
+def _check_boxes(dtype: str, shape: tuple[int, ...], boxes: tuple[StoredBox, ...]) -> None:
+    item = ITEM_BYTES.get(dtype)
+    if item is None:
+        raise ValueError(f"unknown dtype {dtype[:40]!r}")
+    for stored in boxes:
+        _check_box(stored, shape, item)
+
+
+def _check_box(stored: StoredBox, shape: tuple[int, ...], item: int) -> None:
+    if not len(stored.offset) == len(stored.shape) == len(shape):
+        raise ValueError(f"a box of {len(stored.shape)} dimensions in an atom of {len(shape)}")
+    for offset, size, length in zip(stored.offset, stored.shape, shape, strict=True):
+        if not 0 <= offset < offset + size <= length:
+            raise ValueError(
+                f"a box at {list(stored.offset)} reaches outside shape {list(shape)}, or is empty"
+            )
+    if stored.end - stored.start != prod(stored.shape) * item:
+        raise ValueError(
+            f"bytes {stored.start} to {stored.end} do not hold a box of shape {list(stored.shape)}"
+        )
+    _check_digest(stored.digest)
+
+
+def _check_digest(digest: str | None) -> None:
+    if digest is not None and _DIGEST.fullmatch(digest) is None:
+        raise ValueError(f"digest {digest[:40]!r} is not 16 hexadecimal digits")
 
 
 @dataclass(frozen=True)
@@ -119,7 +155,7 @@ class DataFile:
     pieces: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        if not 0 < self.piece_bytes <= 2**30:
+        if not 0 < self.piece_bytes <= 2**30 or self.piece_bytes % WIDEST:
             raise ValueError(f"pieces of {self.piece_bytes} bytes")
         if len(self.pieces) != -(-self.bytes // self.piece_bytes):
             raise ValueError(
@@ -156,17 +192,56 @@ class RankFile:
 
 @dataclass(frozen=True)
 class AtomsFile:
-    """`atoms.json`: the index of a step, in one coordinate system for all ranks."""
+    """`atoms.json`: the index of a step, in one coordinate system for all ranks. `index.Index` answers from it."""
 
     step: int
     generation: GenerationId
-    atoms: dict[str, Atom]
+    atoms: dict[str, AtomRow]
     ties: dict[str, str]
     absent: tuple[str, ...]
     scalars: dict[str, Json]
+    grids: tuple[Grid, ...] | None = None
+    """The ways in which atoms are cut, by number. None where every atom has its boxes."""
+    heads: tuple[tuple[int, ...], ...] | None = None
+    """Where the tensors begin in the data file of each rank, as runs (byte, count of ranks). There where grids are."""
 
     def __post_init__(self) -> None:
         _check_names(self)
+        _check_heads(self)
+        grids, world = self.grids or (), self.world
+        for name, row in self.atoms.items():
+            if row.grid is not None and row.rank is not None:
+                _check_grid(name, row, grids, row.rank, world)
+
+    @property
+    def world(self) -> int:
+        """How many ranks the heads are of; 0 where there are none."""
+        return sum(count for _, count in self.heads or ())
+
+    @property
+    def requires(self) -> tuple[str, ...]:
+        """What a reader must know of."""
+        return () if self.grids is None else (GRID,)
+
+
+def _check_heads(record: AtomsFile) -> None:
+    heads = record.heads or ()
+    if any(len(run) != 2 or not run[1] for run in heads):
+        raise ValueError("heads are runs of two numbers, of at least one rank each")
+    if len({bool(record.grids), bool(heads), record.grids is not None, record.heads is not None}) > 1:
+        raise ValueError("wanted grids and heads, or neither of them")
+
+
+def _check_grid(name: str, row: AtomRow, grids: tuple[Grid, ...], rank: int, world: int) -> None:
+    if row.grid is None or row.grid >= len(grids):
+        raise ValueError(f"atom {name[:200]!r} has grid {row.grid} of {len(grids)}")
+    grid = grids[row.grid]
+    if not grid.fits(row.shape):
+        raise ValueError(
+            f"atom {name[:200]!r} has shape {list(row.shape)}, which grid {row.grid} does not cut"
+        )
+    if rank + grid.top >= world:
+        raise ValueError(f"atom {name[:200]!r} has a cell on rank {rank + grid.top} of {world}")
 
 
 def _check_names(record: RankFile | AtomsFile) -> None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from stormjib_checkpoint import layout
-from stormjib_checkpoint.errors import FormatError, NotThere
+from stormjib_checkpoint.errors import FormatError
 from stormjib_checkpoint.format import RankFile
 from stormjib_checkpoint.left import Records
 from stormjib_checkpoint.records import decode
@@ -128,8 +128,10 @@ class Near:
             for one in staged(memory, key)
         }
 
+    def has(self, path: str) -> bool:
+        """Whether a data file of the storage is here too."""
+        return path in self._there
+
     def open(self, path: str) -> contextlib.AbstractContextManager[Opened]:
-        """As the storage's `open`; the file may be longer, by less than a page. Raises NotThere."""
-        if path not in self._there:
-            raise NotThere(path, "not in this node's memory", "Read it from the storage.")
+        """As the storage's `open`, of one that is here; it may be longer, by less than a page."""
         return self._files.open(self._there[path])

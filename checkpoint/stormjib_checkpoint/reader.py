@@ -5,33 +5,33 @@ All refusals that the index can show (missing or extra names, shapes, types) com
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 from collections.abc import Callable
-from itertools import groupby
-from operator import attrgetter
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from stormjib_checkpoint.boxes import runs
-from stormjib_checkpoint.errors import DamagedCheckpoint, FormatError, NotThere, StateMismatch
-from stormjib_checkpoint.filling import Copy, Filling
-from stormjib_checkpoint.format import ITEM_BYTES, Atom, DataFile
+from stormjib_checkpoint.errors import DamagedCheckpoint, FormatError, StateMismatch
+from stormjib_checkpoint.loading import Loading, Wanted
 from stormjib_checkpoint.objects import from_json
-from stormjib_checkpoint.overlap import clash, put, shared
-from stormjib_checkpoint.step import CommittedStep, unreadable_is_damaged
-from stormjib_checkpoint.tensors import ABSENT, Held, Value, empty, held, is_direct, memory
+from stormjib_checkpoint.proof import Alone
+from stormjib_checkpoint.spec.live import NOTHING, Here, Laid, here
+from stormjib_checkpoint.step import CommittedStep
+from stormjib_checkpoint.tensors import ABSENT, Held, Value, held
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
+    from collections.abc import Collection, Iterable, Mapping, MutableMapping, Sequence
 
+    from stormjib_checkpoint.index import IndexAtom
     from stormjib_checkpoint.node_memory import Near
+    from stormjib_checkpoint.proof import Group
     from stormjib_checkpoint.records import Json
-    from stormjib_checkpoint.storage import Opened, Storage
+    from stormjib_checkpoint.spec.layout import Layout
+    from stormjib_checkpoint.storage import Storage
 
 T = TypeVar("T")
-
+ALONE = Alone()
 
 Rename = Callable[[str], str]
 """A rule: from each name in the checkpoint to its name in the state to fill."""
@@ -43,16 +43,21 @@ def load(
     state: MutableMapping[str, Value],
     *,
     rename: Rename | None = None,
+    cast: Collection[str] = (),
+    layout: Layout | None = None,
     near: Near | None = None,
+    group: Group = ALONE,
 ) -> dict[str, Json]:
     """Fill `state` from the step `resume` (step, generation, digest of its manifest); returns what `train` was.
 
     Tensors and DTensors are filled in place, whatever world size saved them; other values are replaced in the mapping. What `near` has
     is read from there first. Names must be the same on both sides, after `rename`: `lambda name: name.replace(".encoder.", ".enc.")`.
+    `cast` are patterns of names (`model.*`) that may have another type here. `layout` says how plain tensors lie that are no whole ones. A `group` loads together: each member calls this, for its
+    own part, and all parts are proved as one; a rank alone proves its part by checksums, for which it reads whole pieces.
     Raises MissingCheckpoint, DamagedCheckpoint, StateMismatch, StorageError.
     """
     checkpoint = Checkpoint(storage, resume, rename, near)
-    checkpoint.fill(state)
+    checkpoint.fill(state, cast=cast, layout=layout, group=group)
     return checkpoint.train
 
 
@@ -69,37 +74,39 @@ class Checkpoint:
         """Raises MissingCheckpoint, DamagedCheckpoint, StateMismatch (two names become one), StorageError."""
         self._storage, self._near = storage, near
         self._step = CommittedStep(storage, resume)
-        index = self._step.atoms()
-        ties = {name: index.atoms[first] for name, first in index.ties.items()}
+        index = self._index = self._step.atoms()
+        names = {**{name: name for name in index.atoms}, **index.ties}
         scalars = {**self._decoded(index.scalars), **dict.fromkeys(index.absent, ABSENT)}
-        self.atoms: Mapping[str, Atom] = _renamed(index.atoms | ties, rename)
+        self._first_names: Mapping[str, str] = _renamed(names, rename)
+        self.atoms: Mapping[str, IndexAtom] = {
+            name: index.atoms[own] for name, own in self._first_names.items()
+        }
         """By every name of theirs."""
         self.scalars: Mapping[str, Json] = _renamed(scalars, rename)
         """`ABSENT` where a state was not there."""
         self.train: dict[str, Json] = self._decoded(self._step.train().train)
 
-    def fill(self, state: MutableMapping[str, Value]) -> None:
-        """Fill the tensors of `state` in place and replace its scalars. Raises LoadError, StorageError."""
-        self.fill_parts(self._matched(state))
+    def fill(
+        self,
+        state: MutableMapping[str, Value],
+        *,
+        cast: Collection[str] = (),
+        layout: Layout | None = None,
+        group: Group = ALONE,
+    ) -> None:
+        """Fill the tensors of `state` in place and replace its scalars. Raises LoadError, SpecError, UnsupportedState, StorageError."""
+        told = here(layout, group.member) if layout is not None else NOTHING
+        laid = Laid(told, state, {name: atom.shape for name, atom in self.atoms.items()})
+        self.fill_parts(self._matched(state, told, laid.parts, cast, group), group=group)
+        laid.finish()
         state.update(self.scalars)
 
-    def fill_parts(self, parts: Iterable[Held]) -> None:
-        """As `fill`, for boxes that the caller has cut itself, of atoms that are known to fit."""
-        once = {(part.identity, id(self.atoms[part.name])): part for part in parts if part.box.volume}
-        groups = shared([*once.values()])
-        meeting = {part.name: _Target(part, apart=True) for group in groups for part in group}
-        self._read(meeting.values())
-        for group in groups:
-            name = clash(group, [meeting[part.name].memory for part in group])
-            if name is not None:
-                raise StateMismatch(
-                    f"{name} shares memory with {_others(group, name)}, and the checkpoint has other values for the two "
-                    "where they meet; give each memory of its own"
-                )
-        rest = [_Target(part) for part in once.values() if part.name not in meeting]
-        self._read(rest)
-        for target in (*meeting.values(), *rest):
-            target.finish()
+    def fill_parts(self, parts: Iterable[Held], *, group: Group = ALONE) -> None:
+        """As `fill`, for boxes that the caller has cut itself, of atoms that are known to fit. All members of a group call it, and
+        together want everything."""
+        once = {(part.identity, self._first_names[part.name]): part for part in parts if part.box.volume}
+        wanted = [Wanted(part, name, self._index.atoms[name]) for (_, name), part in once.items()]
+        Loading(self._storage, self._step, self._index, self._near, group).fill(wanted)
 
     def _decoded(self, values: Mapping[str, Json]) -> dict[str, Json]:
         try:
@@ -107,85 +114,47 @@ class Checkpoint:
         except FormatError as error:
             raise DamagedCheckpoint(f"{self._step.folder}: {error}") from error
 
-    def _matched(self, state: Mapping[str, Value]) -> list[Held]:
+    def _matched(
+        self,
+        state: Mapping[str, Value],
+        told: Here,
+        laid: Sequence[Held],
+        cast: Collection[str],
+        group: Group,
+    ) -> list[Held]:
+        """All boxes to fill, which are known to fit."""
         tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
         scalars = {name: value for name, value in state.items() if name not in tensors}
+        plain = {name: value for name, value in tensors.items() if not told.says(name, value)}
+        # Of an atom with several names a layout may have one only.
+        there = {n for n in self.atoms if not laid or n in plain or self._first_names[n] == n}
         _same_absences(scalars, self.scalars)
-        _same_names(tensors.keys(), self.atoms.keys(), "tensor")
+        holders = _holders(plain.keys() | {part.name for part in laid}, there, group)
+        _same_names(tensors.keys() - told.locals.keys() | holders.keys(), there, "tensor")
         _same_names(scalars.keys(), self.scalars.keys(), "scalar")
-        parts = [held(name, value, rank=0, world=1) for name, value in sorted(tensors.items())]
-        for part in parts:
-            atom = self.atoms[part.name]
-            if (part.dtype, part.shape) != (atom.dtype, atom.shape):
-                raise StateMismatch(
-                    f"{part.name} is {atom.dtype} {list(atom.shape)} in the checkpoint, "
-                    f"{part.dtype} {list(part.shape)} in the state to fill"
-                )
-        return parts
+        parts = [held(name, value, 0, holders[name]) for name, value in sorted(plain.items())]
+        casts = [*cast, *(part.name for part in laid if told.locals[part.tensor].dtype is not None)]
+        for part in (*parts, *laid):
+            _check_form(part, self.atoms[part.name], casts)
+        return [*parts, *laid]
 
-    def _read(self, targets: Collection[_Target]) -> None:
-        copies = [copy for target in targets for copy in target.copies(self.atoms[target.part.name])]
-        copies.sort(key=attrgetter("rank", "start"))
-        for rank, of_rank in groupby(copies, key=attrgetter("rank")):
-            self._read_rank(rank, list(of_rank))
 
-    @unreadable_is_damaged()
-    def _read_rank(self, rank: int, copies: list[Copy]) -> None:
-        path = self._step.data_path(rank)
-        data = self._step.rank(rank).data
-        if self._near is not None:
-            with contextlib.suppress(NotThere, DamagedCheckpoint), self._near.open(path) as file:
-                return self._fill(file, rank, data, copies)
-        try:
-            with self._storage.open(path) as file:
-                if file.size != data.bytes:
-                    raise DamagedCheckpoint(f"{path} has {file.size} bytes; {data.bytes} were written")
-                self._fill(file, rank, data, copies)
-        except NotThere as error:
-            raise self._step.lost(path) from error
-
-    def _fill(self, file: Opened, rank: int, data: DataFile, copies: list[Copy]) -> None:
-        def damage(start: int, end: int) -> DamagedCheckpoint:
-            return DamagedCheckpoint(
-                f"{self._step.data_path(rank)}: bytes {start} to {end} are not those that were written; "
-                f"they hold {self._names(rank, start, end)}"
-            )
-
-        Filling(file, data, self._header_bytes(rank), copies, damage).run(self._storage.writers)
-
-    def _header_bytes(self, rank: int) -> int:
-        return min(box.start for atom in self.atoms.values() for box in atom.boxes if box.rank == rank)
-
-    def _names(self, rank: int, start: int, end: int) -> str:
-        found = sorted(
-            name
-            for name, atom in self.atoms.items()
-            for box in atom.boxes
-            if box.rank == rank and box.start < end and box.end > start
-        )
-        return (
-            ", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "") or "the header"
+def _check_form(part: Held, atom: IndexAtom, cast: Collection[str]) -> None:
+    """Raises StateMismatch."""
+    may_be_cast = any(fnmatchcase(part.name, pattern) for pattern in cast)
+    if part.shape != atom.shape or not (part.dtype == atom.dtype or may_be_cast):
+        how = f"; to load it as {part.dtype}, name it in cast=" if part.shape == atom.shape else ""
+        raise StateMismatch(
+            f"{part.name} is {atom.dtype} {list(atom.shape)} in the checkpoint, "
+            f"{part.dtype} {list(part.shape)} in the state to fill{how}"
         )
 
 
-class _Target:
-    """The local memory that one tensor is filled through: its own where that is contiguous on the CPU, and not `apart`."""
-
-    def __init__(self, part: Held, apart: bool = False) -> None:
-        self.part = part
-        own = is_direct(part.local) and not apart
-        self.memory = part.local if own else empty(part.box.shape, part.local.dtype)
-
-    def copies(self, atom: Atom) -> Iterator[Copy]:
-        size, target, address = ITEM_BYTES[atom.dtype], memory(self.memory), self.memory.data_ptr()
-        for stored in atom.boxes:
-            for run in runs(stored.box, self.part.box):
-                start = stored.start + run.source * size
-                yield Copy(stored.rank, start, run.length * size, run.target * size, target, address)
-
-    def finish(self) -> None:
-        if self.memory is not self.part.local:
-            put(self.part.local, self.memory)
+def _holders(mine: Collection[str], there: Collection[str], group: Group) -> dict[str, int]:
+    """The names of the checkpoint that somebody in the group has, and how many: the stages of a pipeline have each their own."""
+    names = sorted(there)
+    counts = group.summed([int(name in mine) for name in names])
+    return {name: count for name, count in zip(names, counts, strict=True) if count}
 
 
 def _renamed(table: Mapping[str, T], rename: Rename | None) -> dict[str, T]:
@@ -197,10 +166,6 @@ def _renamed(table: Mapping[str, T], rename: Rename | None) -> dict[str, T]:
         if other != name:
             raise StateMismatch(f"rename makes {rename(name)} of both {other} and {name} of the checkpoint")
     return {new: table[name] for new, name in found.items()}
-
-
-def _others(group: Sequence[Held], name: str) -> str:
-    return ", ".join(part.name for part in group if part.name != name) or "itself"
 
 
 def _same_absences(wanted: Mapping[str, object], there: Mapping[str, object]) -> None:

@@ -22,9 +22,9 @@ from typing import Any, TypeVar
 from stormjib_checkpoint.errors import FormatError
 from stormjib_checkpoint.layout import GenerationId
 
-MAJOR, MINOR = 1, 0
+MAJOR, MINOR = 1, 1
 FORMAT = f"{MAJOR}.{MINOR}"
-KNOWN_REQUIREMENTS: tuple[str, ...] = ()
+KNOWN_REQUIREMENTS = ("grid",)
 """Names that may stand in `requires`: what a reader must know of to read the file at all."""
 _FORMAT = re.compile(r"([0-9]{1,6})\.([0-9]{1,6})")
 
@@ -56,6 +56,8 @@ def check_text(text: str, where: str) -> None:
 
 
 def _is_unicode(text: str) -> bool:
+    if text.isascii():
+        return True
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -71,8 +73,9 @@ def _no_unicode(text: str) -> str:
 
 
 def encode(record: object, key: bytes | None = None) -> bytes:
-    """A record as the bytes of its file, with the format in front of its own fields; signed where there is a key."""
-    value = {"format": FORMAT, "requires": [], **typing.cast("dict[str, Json]", plain(record))}
+    """A record as the bytes of its file, with the format, and what it `requires`, in front of its own fields; signed where there is a key."""
+    needs = [*getattr(record, "requires", ())]
+    value = {"format": FORMAT, "requires": needs, **typing.cast("dict[str, Json]", plain(record))}
     return canonical(value if key is None else value | {HMAC: _signature(value, key)})
 
 
@@ -82,19 +85,17 @@ def _signature(value: dict[str, Json], key: bytes) -> str:
 
 def plain(value: object) -> Json:
     """A record as what JSON can hold."""
-    kind = type(value)
+    kind: Any = type(value)
     if kind in _AS_THEY_ARE:  # nearly all of a long record
         return value
     if isinstance(value, GenerationId):
         return str(value)
-    if is_dataclass(kind):
+    if is_dataclass(kind) or hasattr(kind, "_fields"):
         return {
             name: plain(item)
             for name, may_be_left_out in _outline(kind)
             if (item := getattr(value, name)) is not None or not may_be_left_out
         }
-    if isinstance(value, tuple) and hasattr(value, "_asdict"):
-        return {key: plain(item) for key, item in value._asdict().items()}
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
     if isinstance(value, dict):
@@ -108,6 +109,8 @@ _AS_THEY_ARE = frozenset({str, int, float, bool, type(None)})
 @cache
 def _outline(kind: Any) -> tuple[tuple[str, bool], ...]:
     """Names of a record's fields, and whether each is left out where it is None."""
+    if not is_dataclass(kind):
+        return tuple((name, name in kind._field_defaults) for name in kind._fields)
     return tuple((f.name, f.default is None) for f in fields(kind))
 
 
@@ -242,17 +245,18 @@ def _record(kind: Any, value: Json) -> Any:
     if type(value) is not dict:
         raise _Wrong(f" is {shown(value)}; wanted an object")
     readers, optional = _fields(kind)
-    missing = readers.keys() - value.keys() - optional
+    known = {}
+    key = ""
+    try:
+        for key, read in readers.items():
+            if key in value:
+                known[key] = read(value[key])
+    except _Wrong as wrong:
+        wrong.places.append(f": {key}")
+        raise
+    missing = readers.keys() - known.keys() - optional if len(known) < len(readers) else ()
     if missing:
         raise _Wrong(f" lacks {min(missing)}")
-    known = {}
-    for key, read in readers.items():
-        if key in value:
-            try:
-                known[key] = read(value[key])
-            except _Wrong as wrong:
-                wrong.places.append(f": {key}")
-                raise
     try:
         return kind(**known)
     except ValueError as error:
@@ -260,10 +264,10 @@ def _record(kind: Any, value: Json) -> Any:
 
 
 @cache
-def _fields(kind: type) -> tuple[dict[str, _Reader], frozenset[str]]:
+def _fields(kind: Any) -> tuple[dict[str, _Reader], frozenset[str]]:
     readers = {name: _reader(hint) for name, hint in typing.get_type_hints(kind).items()}
     if not is_dataclass(kind):
-        return readers, frozenset()
+        return readers, frozenset(kind._field_defaults)  # a named tuple
     optional = {f.name for f in fields(kind) if f.default is not MISSING or f.default_factory is not MISSING}
     return readers, frozenset(optional)
 
@@ -275,8 +279,11 @@ def _items(value: Json) -> list[Json]:
 
 
 def _integers(value: Json) -> tuple[int, ...]:
-    """The long lists: sample ids."""
-    return tuple([_scalar(int, item) for item in _items(value)])
+    """Offsets and shapes, which are many, and sample ids, of which there are many in one list."""
+    for item in _items(value):
+        if type(item) is not int or not 0 <= item <= MAX_INTEGER:
+            _scalar(int, item)
+    return tuple(value)
 
 
 def _tuple(read: _Reader, value: Json) -> tuple[Any, ...]:

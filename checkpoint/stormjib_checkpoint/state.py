@@ -14,16 +14,17 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from stormjib_checkpoint.errors import StateMismatch, UnsupportedState
-from stormjib_checkpoint.reader import Checkpoint
+from stormjib_checkpoint.reader import ALONE, Checkpoint
 from stormjib_checkpoint.tensors import ABSENT, DTYPES, Value
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Collection, Iterator, Mapping
 
     from torch.optim import Optimizer
 
-    from stormjib_checkpoint.format import Atom
+    from stormjib_checkpoint.index import IndexAtom
     from stormjib_checkpoint.node_memory import Near
+    from stormjib_checkpoint.proof import Group
     from stormjib_checkpoint.reader import Rename
     from stormjib_checkpoint.records import Json
     from stormjib_checkpoint.storage import Storage
@@ -49,11 +50,13 @@ def restore(
     optimizer: Optimizer,
     *,
     rename: Rename | None = None,
+    cast: Collection[str] = (),
     near: Near | None = None,
+    group: Group = ALONE,
 ) -> dict[str, Json]:
     """Load a step into a model and an optimizer, also one that has never stepped; returns what `train` was.
 
-    `rename` is as in `reader.load`, and sees the names of `collect`. State that the checkpoint lacks is taken away.
+    `rename`, `cast` and `group` are as in `reader.load`, and see the names of `collect`. State that the checkpoint lacks is taken away.
     Raises MissingCheckpoint, DamagedCheckpoint, StateMismatch, StorageError.
     """
     checkpoint = Checkpoint(storage, resume, rename, near)
@@ -66,7 +69,7 @@ def restore(
         shaped[parameter] = {**made, **scalars.get(owner, {})}
     state = _collect(model, optimizer, names, shaped)
     _reconcile_options(state, checkpoint, rename)
-    checkpoint.fill(state)
+    checkpoint.fill(state, cast=cast, group=group)
     _set_state(optimizer, names, shaped, state)
     return checkpoint.train
 
@@ -145,7 +148,7 @@ def _by_owner(table: Mapping[str, T]) -> dict[str, dict[str, T]]:
 
 
 def _shaped(
-    optimizer: Optimizer, parameter: torch.Tensor, owner: str, atoms: Mapping[str, Atom]
+    optimizer: Optimizer, parameter: torch.Tensor, owner: str, atoms: Mapping[str, IndexAtom]
 ) -> dict[str, torch.Tensor]:
     """The tensors to fill of a parameter's state: its own, or new ones where the optimizer has none yet."""
     present: Mapping[str, Any] = optimizer.state.get(parameter, {})
@@ -156,7 +159,7 @@ def _shaped(
 
 
 def _state_tensor(
-    optimizer: Optimizer, parameter: torch.Tensor, name: str, atom: Atom, present: object
+    optimizer: Optimizer, parameter: torch.Tensor, name: str, atom: IndexAtom, present: object
 ) -> torch.Tensor:
     if isinstance(present, torch.Tensor):
         return present

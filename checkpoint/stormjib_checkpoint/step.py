@@ -14,6 +14,7 @@ from stormjib_checkpoint.errors import (
     NotThere,
 )
 from stormjib_checkpoint.format import MAX_SMALL_FILE, AtomsFile, Manifest, RankFile, TrainFile
+from stormjib_checkpoint.index import Index
 from stormjib_checkpoint.layout import GenerationId
 from stormjib_checkpoint.records import decode, sha256
 
@@ -43,9 +44,16 @@ class CommittedStep:
         self.manifest = self._read_manifest()
         self.folder = layout.folder(self.manifest.step, self.manifest.generation)
 
-    def atoms(self) -> AtomsFile:
+    def atoms(self) -> Index:
         """What the step holds. Raises DamagedCheckpoint."""
-        return self._record(AtomsFile, layout.ATOMS)
+        record = self._record(AtomsFile, layout.ATOMS)
+        data, world = self.manifest.data, self.manifest.world
+        names = [layout.rank_data(rank) for rank in range(len(data))]
+        if len(data) != world or not data.keys() >= set(names):
+            raise DamagedCheckpoint(
+                f"{self.folder}: the manifest does not have one data file of each of {world} ranks"
+            )
+        return Index(record, [data[name] for name in names], self.folder)
 
     def train(self) -> TrainFile:
         """What the trainer needs besides tensors. Raises DamagedCheckpoint."""

@@ -61,6 +61,10 @@ class Storage(Protocol):
     def writers(self) -> int:
         """How many threads that write, or read, at once keep it busy."""
 
+    @property
+    def request_bytes(self) -> int:
+        """So many bytes take about as long to read as one more request."""
+
     def new(self, path: str, size: int) -> contextlib.AbstractContextManager[NewFile]:
         """A new file of `size` bytes: what is written behind them is cut off. It is there, durable and whole, when the block ends;
         where the block raises, nothing is. Raises AlreadyThere where the name is taken, and changes nothing."""
@@ -146,6 +150,7 @@ class Local:
     """A folder of a file system that every rank and committer of the job sees."""
 
     writers = 2
+    request_bytes = 16 * 1024
 
     def __init__(
         self, root: str | os.PathLike[str], files: Files | None = None, key: bytes | None = None

@@ -78,6 +78,7 @@ class Held:
     local: torch.Tensor
     primary: bool
     copies: int
+    """On how many ranks each element of it is held."""
     cut: Cut | None = None
     """None where `local` is the tensor that the state has under this name."""
 

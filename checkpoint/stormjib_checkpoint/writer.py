@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -12,13 +13,13 @@ from stormjib_checkpoint.format import MAX_SMALL_FILE, RankFile, TrainFile
 from stormjib_checkpoint.left import Records
 from stormjib_checkpoint.objects import to_json
 from stormjib_checkpoint.records import MAX_INTEGER, check_text, encode, shown
-from stormjib_checkpoint.spec.live import Here, here, parts_of
+from stormjib_checkpoint.spec.live import NOTHING, Here, here, parts_of
 from stormjib_checkpoint.tensors import ABSENT, Held, Value, held
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from stormjib_checkpoint.format import DataFile
+    from stormjib_checkpoint.format import Atom, DataFile
     from stormjib_checkpoint.image import Image
     from stormjib_checkpoint.layout import GenerationId
     from stormjib_checkpoint.records import Json
@@ -41,6 +42,14 @@ class Part(NamedTuple):
     attempt: str = ""
 
 
+class Staged(NamedTuple):
+    """What is known of a rank's data file once every byte of it is there."""
+
+    data: DataFile
+    digests: tuple[str, ...]
+    """Partial digests of the file's parts, in its order."""
+
+
 class Contents(NamedTuple):
     """What a state is made of, on this rank."""
 
@@ -53,20 +62,28 @@ class Contents(NamedTuple):
 
 
 def record_of(
-    who: Part, data: DataFile, file: Image, scalars: Mapping[str, Json], ids: dict[int, tuple[int, ...]]
+    who: Part, staged: Staged, file: Image, scalars: Mapping[str, Json], ids: dict[int, tuple[int, ...]]
 ) -> RankFile:
     """A rank's record: what lies in its data file, and what it holds besides. Raises UnsupportedState."""
     absent = tuple(sorted(name for name, value in scalars.items() if value is ABSENT))
     kept = as_json({name: value for name, value in scalars.items() if value is not ABSENT}, "state")
+    digests = dict(zip(file.starts, staged.digests, strict=True))
+    atoms = {name: _with_digests(atom, digests) for name, atom in file.atoms.items()}
     try:
-        return RankFile(*who, data, file.atoms, file.ties, absent, kept, ids)
+        return RankFile(*who, staged.data, atoms, file.ties, absent, kept, ids)
     except ValueError as error:
         raise UnsupportedState(f"state: {error}") from error
 
 
+def _with_digests(atom: Atom, digests: Mapping[int, str]) -> Atom:
+    """An atom whose boxes say their digests, which are told by where in the file a box begins."""
+    boxes = tuple(box._replace(digest=digests[box.start]) for box in atom.boxes)
+    return replace(atom, boxes=boxes)
+
+
 def records_of(
     who: Part,
-    data: DataFile,
+    staged: Staged,
     file: Image,
     scalars: Mapping[str, Json],
     train: Mapping[str, Json],
@@ -75,7 +92,7 @@ def records_of(
 ) -> Records:
     """What `who` says of its data file, signed where there is a key. `train` counts on rank 0. `ids` are those that this rank fed to the
     model, by step, since its last save. Raises UnsupportedState, which names the key."""
-    record = encode(record_of(who, data, file, scalars, ids), key)
+    record = encode(record_of(who, staged, file, scalars, ids), key)
     if len(record) > MAX_SMALL_FILE:
         raise UnsupportedState(
             f"the record of rank {who.rank} would have {len(record)} bytes, and {MAX_SMALL_FILE} are read; save fewer tensors a rank"
@@ -103,7 +120,7 @@ def split(state: Mapping[str, Value], rank: int, world: int, layout: Layout | No
 
     Raises UnsupportedState by name, SpecError.
     """
-    told = here(layout, rank) if layout is not None else Here({}, {})
+    told = here(layout, rank) if layout is not None else NOTHING
     found = Contents([], {}, {})
     names: dict[object, str] = {}
     for name, value in sorted(state.items()):

@@ -41,6 +41,7 @@ def derive(
         keep_last=keep,
         suspend=suspend,
         finish=finish,
+        sizes=tuple(sorted(spec.nodes.allowed_replicas or ())),
     )
 
 

@@ -47,19 +47,37 @@ class Nodes(Model):
             rule(
                 "!has(self.minReplicas) || self.minReplicas <= self.replicas",
                 "nodes.minReplicas must not be above nodes.replicas: lower minReplicas or raise replicas",
-            )
+            ),
+            rule(
+                "!has(self.allowedReplicas) || self.replicas in self.allowedReplicas",
+                "nodes.allowedReplicas must name nodes.replicas too: add it",
+            ),
+            rule(
+                "!has(self.allowedReplicas) || self.allowedReplicas.all(n, n <= self.replicas && "
+                "(!has(self.minReplicas) || n >= self.minReplicas))",
+                "nodes.allowedReplicas must lie between nodes.minReplicas and nodes.replicas: take out the others",
+            ),
         )
     )
     replicas: Annotated[int, Field(ge=1, le=MAX_NODES)]
     """How many nodes train together when all are well."""
     min_replicas: Annotated[int | None, Field(ge=1, le=MAX_NODES)] = None
     """The smallest number of nodes with which the job goes on when nodes are lost. Absent, it never shrinks."""
+    allowed_replicas: Annotated[
+        tuple[Annotated[int, Field(ge=1, le=MAX_NODES)], ...] | None,
+        Field(min_length=1, max_length=64, json_schema_extra=list_type("set")),
+    ] = None
+    """With which numbers of nodes the job may train, where not with any from minReplicas to replicas: those that its
+    model can be laid out on. When nodes are lost, the largest that the rest can make up is taken, and other nodes
+    wait as spares."""
     spares: Annotated[int, Field(ge=0, le=MAX_SPARES)] = 0
     """How many further nodes are kept ready to take a lost node's place at once. They do not train."""
 
     @property
     def least(self) -> int:
         """The smallest allowed size."""
+        if self.allowed_replicas is not None:
+            return min(self.allowed_replicas)
         return self.replicas if self.min_replicas is None else self.min_replicas
 
     @property

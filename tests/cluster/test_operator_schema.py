@@ -49,6 +49,18 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         job(nodes={"replicas": 2, "minReplicas": 3}),
         "lower minReplicas or raise replicas",
     ),
+    "allowed sizes without the full one": (
+        job(nodes={"replicas": 3, "allowedReplicas": [1, 2]}),
+        "must name nodes.replicas too",
+    ),
+    "an allowed size above the full one": (
+        job(nodes={"replicas": 3, "allowedReplicas": [3, 4]}),
+        "must lie between nodes.minReplicas and nodes.replicas",
+    ),
+    "an allowed size below the least": (
+        job(nodes={"replicas": 3, "minReplicas": 2, "allowedReplicas": [1, 3]}),
+        "must lie between nodes.minReplicas and nodes.replicas",
+    ),
     "no replicas": (
         job(nodes={"replicas": 0}),
         "spec.nodes.replicas in body should be greater than or equal to 1",

@@ -31,6 +31,11 @@ class Mesh:
     def world(self) -> int:
         return prod(self.sizes)
 
+    def copies(self, shape: tuple[int, ...]) -> int:
+        """How many ranks hold each element."""
+        pairs = zip(self.sizes, self.cuts, strict=True)
+        return prod(size for size, cut in pairs if cut is None or not shape)
+
     def boxes(self, shape: tuple[int, ...]) -> Iterator[tuple[Box, bool]]:
         """Each rank's box, and whether its copy is the primary one."""
         for coordinate in product(*(range(size) for size in self.sizes)):
@@ -48,14 +53,14 @@ meshes = st.lists(st.tuples(st.integers(1, 4), st.none() | st.integers(0, 2)), m
 )
 
 
-def held(name: str, atom: torch.Tensor, box: Box, primary: bool) -> Held:
+def held(name: str, atom: torch.Tensor, box: Box, primary: bool, copies: int = 1) -> Held:
     """The part of `atom` that lies in `box`, with memory of its own."""
     local = (
         copyable(atom)[tuple(slice(o, e) for o, e in zip(box.offset, box.end, strict=True))]
         .clone()
         .view(atom.dtype)
     )
-    return Held(name, TAGS[atom.dtype], tuple(atom.shape), box, local, primary, 1)
+    return Held(name, TAGS[atom.dtype], tuple(atom.shape), box, local, primary, copies)
 
 
 def filled(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> torch.Tensor:

@@ -230,7 +230,7 @@ def _preparing(state: State, bounds: Bounds, now: float) -> State:
     fault = faults.preparing(state, stage.since, now)
     if fault is not None:
         return _end(state, bounds, fault, now)
-    if plan.leaving(state) or len(state.members) > bounds.replicas:
+    if plan.leaving(state) or plan.too_many(state, bounds):
         return replace(
             state, stage=Idle(now, Cause.LEAVE if plan.leaving(state) else Cause.SHRINK, fresh=False)
         )

@@ -52,11 +52,13 @@ def usable(agent: Agent, bounds: Bounds, now: float) -> bool:
 
 
 def candidates(state: State, bounds: Bounds, now: float, *, fresh: bool) -> tuple[int, ...]:
-    """The slots of the best generation that could begin now; may be fewer than allowed."""
+    """The slots of the best generation that could begin now; may be fewer than allowed. Of members that go on and are too many for an
+    allowed size, the last become spares."""
     before = () if fresh else tuple(member.slot for member in state.members)
     can = {slot for slot, agent in state.agents.items() if usable(agent, bounds, now)}
     new = {slot for slot in can if state.agents[slot].report.phase is AgentPhase.IDLE}
-    return choose(before, can & set(before), new, bounds.replicas)
+    found = choose(before, can & set(before), new, bounds.replicas)
+    return choose(before, can & set(before), new, bounds.fitting(len(found)))
 
 
 def feasible(state: State, bounds: Bounds, now: float) -> bool:

@@ -44,9 +44,14 @@ def _cause(state: State, stage: Running, bounds: Bounds) -> Cause | None:
         return Cause.LEAVE
     if any(member.pod_uid in bounds.excluded for member in state.members):
         return Cause.LEAVE
-    if len(state.members) > bounds.replicas:
+    if too_many(state, bounds):
         return Cause.SHRINK
     return Cause.RESUME if stage.adopted and _stopping_already(state) else None
+
+
+def too_many(state: State, bounds: Bounds) -> bool:
+    """Whether the generation is larger than any that is allowed now of its members."""
+    return len(state.members) > bounds.fitting(len(state.members))
 
 
 def leaving(state: State) -> bool:

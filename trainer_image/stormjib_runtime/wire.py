@@ -373,6 +373,13 @@ class Bounds:
     suspend: bool = False
     finish: bool = False
     """The operator has recorded Complete or Failed: agents may exit."""
+    sizes: tuple[int, ...] = ()
+    """How many members a generation may have; empty: any number from `min_replicas` to `replicas`."""
+
+    def fitting(self, count: int) -> int:
+        """The largest number of members that may be had of `count`; 0 where `sizes` know none so small."""
+        most = min(count, self.replicas)
+        return max((size for size in self.sizes if size <= most), default=0) if self.sizes else most
 
 
 # --- coordinator -> operator ----------------------------------------------------------------------------------------

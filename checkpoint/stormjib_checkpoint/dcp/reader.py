@@ -23,13 +23,14 @@ from stormjib_checkpoint.dcp.roots import OURS, Root, is_root, storage_at
 from stormjib_checkpoint.errors import LoadError, MissingCheckpoint, StateMismatch
 from stormjib_checkpoint.history import at_newest, committed
 from stormjib_checkpoint.reader import Checkpoint
-from stormjib_checkpoint.tensors import ABSENT, DTYPES, Held
+from stormjib_checkpoint.tensors import ABSENT, DTYPES, TAGS, Held
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
     from torch.futures import Future
 
-    from stormjib_checkpoint.format import Atom, ResumePoint
+    from stormjib_checkpoint.format import ResumePoint
+    from stormjib_checkpoint.index import IndexAtom
     from stormjib_checkpoint.records import Json
     from stormjib_checkpoint.storage import Storage
 
@@ -96,9 +97,7 @@ class StormjibReader(StorageReader):
             for item, target in zip(tensors, targets, strict=True)
         ]
         checkpoint.fill_parts(parts)
-        for item, target, part in zip(tensors, targets, parts, strict=True):
-            if part.local is not target:
-                target.copy_(part.local)  # of another type, which DCP allows
+        for item, target in zip(tensors, targets, strict=True):
             planner.commit_tensor(item, target)
         objects = self._objects()
         for item in plan.items:
@@ -135,21 +134,19 @@ def _of_step(storage: Storage, step: int) -> ResumePoint:
     return found
 
 
-def _tensor(atom: Atom) -> TensorStorageMetadata:
+def _tensor(atom: IndexAtom) -> TensorStorageMetadata:
     chunks = [ChunkStorageMetadata(torch.Size(one.offset), torch.Size(one.shape)) for one in atom.boxes]
     properties = TensorProperties(dtype=DTYPES[atom.dtype])
     return TensorStorageMetadata(properties, torch.Size(atom.shape), chunks)
 
 
-def _part(item: ReadItem, target: torch.Tensor, atom: Atom) -> Held:
+def _part(item: ReadItem, target: torch.Tensor, atom: IndexAtom) -> Held:
     """What an item asks for, in the coordinates of the whole tensor."""
     chunk = item.storage_index.offset or torch.Size([0] * len(atom.shape))
     offset = tuple(one + other for one, other in zip(chunk, item.storage_offsets, strict=True))
-    dtype = DTYPES[atom.dtype]
-    local = target if target.dtype is dtype else torch.empty(tuple(item.lengths), dtype=dtype)
-    return Held(
-        item.storage_index.fqn, atom.dtype, atom.shape, Box(offset, tuple(item.lengths)), local, True, 1
-    )
+    # Of another type than the checkpoint's, which DCP allows, it is converted.
+    box = Box(offset, tuple(item.lengths))
+    return Held(item.storage_index.fqn, TAGS[target.dtype], atom.shape, box, target, primary=True, copies=1)
 
 
 def _put_object(planner: LoadPlanner, item: ReadItem, value: Json) -> None:

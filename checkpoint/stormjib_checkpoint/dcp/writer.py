@@ -25,13 +25,13 @@ from stormjib_checkpoint.engine.staging import Copying
 from stormjib_checkpoint.engine.tidier import Tidier
 from stormjib_checkpoint.engine.workers import Job, Workers
 from stormjib_checkpoint.errors import SaveError, UnsupportedState
-from stormjib_checkpoint.format import Atom, DataFile
+from stormjib_checkpoint.format import Atom
 from stormjib_checkpoint.image import Image, image_of
 from stormjib_checkpoint.layout import GenerationId
 from stormjib_checkpoint.left import leave
 from stormjib_checkpoint.opening import open_next
 from stormjib_checkpoint.tensors import TAGS, Held, held
-from stormjib_checkpoint.writer import RESERVED, Part, records_of, refuse_unstorable, told_as_saved
+from stormjib_checkpoint.writer import RESERVED, Part, Staged, records_of, refuse_unstorable, told_as_saved
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
@@ -56,7 +56,7 @@ class _Saving(threading.local):
     """One save: DCP makes all of its calls in one thread, and several saves in several."""
 
     storage: Storage | None = None
-    left: tuple[Part, DataFile, Image] | None = None
+    left: tuple[Part, Staged, Image] | None = None
     """Rank 0: what its record will say."""
 
 
@@ -156,7 +156,7 @@ class StormjibWriter(StorageWriter):
             self._lines[place] = _Line(GenerationId.parse(opening.generation), step, Tidier(storage))
         return self._lines[place]
 
-    def _write(self, who: Part, file: Image) -> DataFile:
+    def _write(self, who: Part, file: Image) -> Staged:
         """Copied and hashed by this thread, written by others: they are nicer than a training loop may be."""
         if self._arena is None or self._arena.size < file.size:
             self._arena = None  # before the larger one: never two at a time
@@ -179,7 +179,7 @@ class StormjibWriter(StorageWriter):
         return data
 
 
-def _leave(storage: Storage, who: Part, data: DataFile, file: Image, train: dict[str, Any]) -> None:
+def _leave(storage: Storage, who: Part, data: Staged, file: Image, train: dict[str, Any]) -> None:
     records = records_of(who, data, file, {}, train, {}, storage.key)
     leave(storage, who.step, who.generation, who.rank, records)
 

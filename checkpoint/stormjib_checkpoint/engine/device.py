@@ -10,11 +10,9 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 import torch
-import xxhash
 
 from stormjib_checkpoint.engine import memory
-from stormjib_checkpoint.engine.staging import spans
-from stormjib_checkpoint.format import DataFile
+from stormjib_checkpoint.hashing import Hashing, Memory
 from stormjib_checkpoint.tensors import copyable, on_host
 
 if TYPE_CHECKING:
@@ -22,6 +20,7 @@ if TYPE_CHECKING:
 
     from stormjib_checkpoint.engine.arena import Arena
     from stormjib_checkpoint.image import Image
+    from stormjib_checkpoint.writer import Staged
 
 Marks = dict[torch.device, torch.cuda.Event]
 
@@ -109,9 +108,9 @@ class Fetching:
         lanes: Mapping[torch.device, Lane],
     ) -> None:
         """As for `staging.Copying`; `lanes` has one for each device."""
-        self._size, self._arena, self._staged = file.size, arena, staged
+        self._arena, self._staged, self._hashing = arena, staged, Hashing(file, arena.piece_bytes)
         self._sources = [torch.frombuffer(bytearray(file.head), dtype=torch.uint8), *locals_]
-        self._starts = [0, *file.starts, file.size]
+        self._starts = [0, *file.starts]
         self._lanes = lanes
         self._target = torch.frombuffer(arena.view, dtype=torch.uint8)
         self._bytes: tuple[int, torch.Tensor] | None = None
@@ -133,7 +132,7 @@ class Fetching:
         with torch.no_grad(), ExitStack() as entered:
             for lane in self._lanes.values():
                 entered.enter_context(lane.entered())
-            for piece in range(-(-self._size // self._arena.piece_bytes)):
+            for piece in range(self._hashing.pieces):
                 self._arena.take(piece)
                 self._asked.append(_Piece(piece, []))
                 self._put(piece)
@@ -145,27 +144,20 @@ class Fetching:
         for lane, mark in self._last:
             lane.hold(mark)
 
-    def finish(self) -> DataFile:
+    def finish(self) -> Staged:
         """Hash piece by piece, as they come, and hand them over."""
-        digests = []
         while self._asked:
             piece = self._asked[0]
             for mark in piece.marks:
                 mark.synchronize()
-            digests.append(self._digest(piece.number))
+            for _ in self._hashing.blocks(piece.number, Memory(self._arena.view, self._arena.address)):
+                pass  # it has come
             self._staged(piece.number)
             del self._asked[0]
-        return DataFile(self._size, self._arena.piece_bytes, tuple(digests))
-
-    def _digest(self, piece: int) -> str:
-        start = piece * self._arena.piece_bytes
-        return xxhash.xxh3_64_hexdigest(
-            self._arena.view[start : min(start + self._arena.piece_bytes, self._size)]
-        )
+        return self._hashing.staged()
 
     def _put(self, piece: int) -> None:
-        start = piece * self._arena.piece_bytes
-        for number, at, upto in spans(self._starts, start, min(start + self._arena.piece_bytes, self._size)):
+        for number, at, upto in self._hashing.spans(piece):
             source, skipped = self._source(number), at - self._starts[number]
             if on_device(source):
                 part = source[skipped : skipped + upto - at]

@@ -131,22 +131,43 @@ class Engine:
         self._berths.touch()
 
     def load(
-        self, state: MutableMapping[str, Value], *, rename: Rename | None = None
+        self, state: MutableMapping[str, Value], *, rename: Rename | None = None, cast: Collection[str] = ()
     ) -> dict[str, Json] | None:
-        """Fill `state` from the step that this generation resumes from, as `reader.load` does. What was saved as `train`; None on a
-        fresh start. Where a rank finds damage, all take the next older step; with a `generation` given, DamagedCheckpoint is raised
+        """Fill `state` from the step that this generation resumes from, as `reader.load` does, with all ranks as its group. What was
+        saved as `train`; None on a fresh start. Where a rank finds damage, all take the next older step; with a `generation` given, DamagedCheckpoint is raised
         instead. Raises StateMismatch, StorageError, NoUsableCheckpoint."""
         return self._resumed(
-            lambda point: reader.load(self.storage, point, state, rename=rename, near=self._near())
+            lambda point: reader.load(
+                self.storage,
+                point,
+                state,
+                rename=rename,
+                cast=cast,
+                layout=self._layout,
+                near=self._near(),
+                group=group.World(),
+            )
         )
 
     def restore(
-        self, model: nn.Module, optimizer: Optimizer, *, rename: Rename | None = None
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        rename: Rename | None = None,
+        cast: Collection[str] = (),
     ) -> dict[str, Json] | None:
         """As `load`, into a model and its optimizer, for what `state.collect` has made of them."""
         return self._resumed(
             lambda point: states.restore(
-                self.storage, point, model, optimizer, rename=rename, near=self._near()
+                self.storage,
+                point,
+                model,
+                optimizer,
+                rename=rename,
+                cast=cast,
+                near=self._near(),
+                group=group.World(),
             )
         )
 

@@ -16,9 +16,8 @@ from stormjib_checkpoint.engine.gate import Staging
 from stormjib_checkpoint.engine.staging import Copying
 from stormjib_checkpoint.engine.workers import IDLE, Job, Workers, spoiled_by
 from stormjib_checkpoint.errors import SaveError, TornCopy
-from stormjib_checkpoint.format import DataFile
 from stormjib_checkpoint.left import leave
-from stormjib_checkpoint.writer import records_of, told_as_saved
+from stormjib_checkpoint.writer import Staged, records_of, told_as_saved
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -91,7 +90,7 @@ class Pipeline:
 
     def begin(self, save: Save, taken: Taken, older: Save | None) -> None:
         """Shut the gate and let it go. `older` is the save before: steps are staged, and committed, in order."""
-        handover, staged = Handover(), Future[DataFile]()
+        handover, staged = Handover(), Future[Staged]()
         tell = Job(lambda: _told(taken, staged, self._storage.key))
         store = Job(
             lambda: (
@@ -121,11 +120,11 @@ class Pipeline:
         save: Save,
         taken: Taken,
         handover: Handover,
-        staged: Future[DataFile],
+        staged: Future[Staged],
         wake: Callable[[], None],
     ) -> Staging:
         def to_memory(
-            copy: Callable[[Save, Taken, Callable[[int], None], Future[T]], DataFile],
+            copy: Callable[[Save, Taken, Callable[[int], None], Future[T]], Staged],
         ) -> Callable[[Future[T]], None]:
             def work(begun: Future[T]) -> None:
                 wake()
@@ -144,8 +143,8 @@ class Pipeline:
         save: Save,
         handover: Handover,
         begun: Future[T],
-        staged: Future[DataFile],
-        copy: Callable[[], DataFile],
+        staged: Future[Staged],
+        copy: Callable[[], Staged],
     ) -> None:
         try:
             data = copy()
@@ -160,7 +159,7 @@ class Pipeline:
         handover.end()
         staged.set_result(data)
 
-    def _copy(self, save: Save, taken: Taken, put: Callable[[int], None], begun: Future[Copying]) -> DataFile:
+    def _copy(self, save: Save, taken: Taken, put: Callable[[int], None], begun: Future[Copying]) -> Staged:
         found = _locals(save, taken)
         copying = Copying(taken.plan.image, _sources(taken, found), taken.berth.arena, put)
         begun.set_result(copying)
@@ -170,7 +169,7 @@ class Pipeline:
 
     def _fetch(
         self, save: Save, taken: Taken, put: Callable[[int], None], asked: Future[Fetching | None]
-    ) -> DataFile:
+    ) -> Staged:
         found = _locals(save, taken)
         lanes = {device: self._lanes.of(device) for device in taken.marks}
         for device, mark in taken.marks.items():
@@ -244,7 +243,7 @@ def _refuse_torn(save: Save, copied: Sequence[torn.Copied]) -> None:
         )
 
 
-def _told(taken: Taken, staged: Future[DataFile], key: bytes | None) -> Records:
+def _told(taken: Taken, staged: Future[Staged], key: bytes | None) -> Records:
     """What is said of the data, once it is staged. A slot that holds it says so from then on: it is safe from the death of this process."""
     data = staged.result()
     scalars, train = marshal.loads(taken.scalars), marshal.loads(taken.train)

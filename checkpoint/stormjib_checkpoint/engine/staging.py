@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import threading
-from bisect import bisect_right
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
-import xxhash
 
 from stormjib_checkpoint.engine import memory
 from stormjib_checkpoint.engine.workers import is_interrupt, spoiled_by
-from stormjib_checkpoint.format import DataFile
+from stormjib_checkpoint.hashing import Hashing, Memory
 from stormjib_checkpoint.tensors import is_direct, on_host
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from stormjib_checkpoint.engine.arena import Arena
     from stormjib_checkpoint.image import Image
-
-BLOCK_BYTES = 1024 * 1024
-"""Copied and then hashed at once: small enough for a processor's own cache, large enough that taking the GIL again costs nothing."""
+    from stormjib_checkpoint.writer import Staged
 
 
 class Copying:
@@ -37,10 +33,9 @@ class Copying:
     ) -> None:
         """The file's parts are `locals_` now. `staged` is told the number of each piece as soon as it is whole, by any thread; the
         piece is then held by whoever was told."""
-        self._size, self._arena, self._staged = file.size, arena, staged
+        self._arena, self._staged, self._hashing = arena, staged, Hashing(file, arena.piece_bytes)
         self._sources = [torch.frombuffer(bytearray(file.head), dtype=torch.uint8), *locals_]
-        self._starts = [0, *file.starts, file.size]
-        self._digests = [""] * -(-file.size // arena.piece_bytes)
+        self._starts = [0, *file.starts]
         self._turn = nullcontext() if all(map(is_direct, locals_)) else threading.Lock()
         self._on_host: tuple[int, torch.Tensor] | None = None
         self._changed = threading.Condition()
@@ -65,18 +60,18 @@ class Copying:
                         self._ended += 1
                         self._changed.notify_all()
 
-    def finish(self) -> DataFile:
+    def finish(self) -> Staged:
         """Work, and wait for whoever else does: the file is whole. Raises what has gone wrong in any thread."""
         self.work()
         with self._changed:
             self._changed.wait_for(lambda: self._ended == self._begun)
         if self._failed is not None:
             raise self._failed
-        return DataFile(self._size, self._arena.piece_bytes, tuple(self._digests))
+        return self._hashing.staged()
 
     def _next(self) -> int | None:
         with self._changed:
-            if self._failed is not None or self._begun == len(self._digests):
+            if self._failed is not None or self._begun == self._hashing.pieces:
                 return None
             self._begun += 1
             return self._begun - 1
@@ -86,27 +81,16 @@ class Copying:
         self._arena.take(piece)
         try:
             with torch.no_grad():
-                self._digests[piece] = self._fill(piece)
+                self._fill(piece)
         except BaseException:
             self._arena.free(piece)
             raise
         self._staged(piece)
 
-    def _fill(self, piece: int) -> str:
-        start = piece * self._arena.piece_bytes
-        digest = xxhash.xxh3_64()
-        for number, at, upto in spans(self._starts, start, min(start + self._arena.piece_bytes, self._size)):
-            self._copy(number, at, upto, digest)
-        return digest.hexdigest()
-
-    def _copy(self, number: int, at: int, upto: int, digest: xxhash.xxh3_64) -> None:
-        """Bytes of the file that all come from one tensor."""
-        source = self._host(number).data_ptr() - self._starts[number]
-        while at < upto:
-            count = min(upto - at, BLOCK_BYTES)
-            memory.copy(self._arena.address + at, source + at, count)
-            digest.update(self._arena.view[at : at + count])
-            at += count
+    def _fill(self, piece: int) -> None:
+        for number, at, upto in self._hashing.blocks(piece, Memory(self._arena.view, self._arena.address)):
+            source = self._host(number).data_ptr() + at - self._starts[number]
+            memory.copy(self._arena.address + at, source, upto - at)
 
     def _host(self, number: int) -> torch.Tensor:
         tensor = self._sources[number]
@@ -115,12 +99,3 @@ class Copying:
         if self._on_host is None or self._on_host[0] != number:
             self._on_host = (number, on_host(tensor))
         return self._on_host[1]
-
-
-def spans(starts: Sequence[int], at: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """Cut the bytes from `at` to `end` of a file where its parts begin: (number of the part, first byte, byte after the last)."""
-    number = bisect_right(starts, at) - 1
-    while at < end:
-        upto = min(end, starts[number + 1])
-        yield number, at, upto
-        at, number = upto, number + 1

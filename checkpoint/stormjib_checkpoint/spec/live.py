@@ -30,6 +30,10 @@ class Here(NamedTuple):
         return name in self.locals and isinstance(value, torch.Tensor) and not isinstance(value, DTensor)
 
 
+NOTHING = Here({}, {})
+"""Where there is no layout."""
+
+
 def here(layout: Layout, rank: int) -> Here:
     """Raises SpecError."""
     return Here(layout.rank(rank), layout.atoms)
@@ -76,7 +80,7 @@ def _held(name: str, patch: Patch, local: Local, memory: torch.Tensor, shape: tu
     return Held(patch.atom, TAGS[memory.dtype], shape, patch.box, view, patch.primary, patch.copies, cut)
 
 
-class Wanted:
+class Laid:
     """What a rank's tensors want of a checkpoint: `parts` are to be filled, and then `finish` called."""
 
     def __init__(self, told: Here, state: Mapping[str, Value], stored: Mapping[str, Sequence[int]]) -> None:

@@ -98,6 +98,7 @@ class Store:
     """A prefix of a bucket. `connect` makes the client, in the process that uses it and when it is first used."""
 
     writers = WRITERS
+    request_bytes = 1024 * 1024
 
     def __init__(
         self, url: str, prefix: str, connect: Callable[[], Client], key: bytes | None = None

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fakes.meshes import Mesh, meshes, shapes
-from stormjib_checkpoint.boxes import Box, flaw, intersect, part, runs, whole
+from stormjib_checkpoint.boxes import Box, flaw, intersect, part, runs, slabs, whole
 
 
 def slices(box: Box) -> tuple[slice, ...]:
@@ -78,3 +78,15 @@ def test_runs_copy_exactly_what_two_boxes_share(case: tuple[tuple[int, ...], Box
 def test_whole_rows_are_one_run() -> None:
     assert [tuple(run) for run in runs(Box((0, 0), (8, 5)), Box((2, 0), (3, 5)))] == [(10, 0, 15)]
     assert len(list(runs(Box((0, 0), (8, 6)), Box((0, 3), (8, 3))))) == 8
+
+
+@given(shape=st.lists(st.integers(1, 7), max_size=4).map(tuple), most=st.integers(1, 50))
+def test_slabs_are_runs_of_a_box_one_after_the_other(shape: tuple[int, ...], most: int) -> None:
+    numbers = np.arange(prod(shape)).reshape(shape)
+    found = list(slabs(whole(shape), most))
+    assert all(box.volume <= most for box in found)
+    assert (np.concatenate([numbers[slices(box)].reshape(-1) for box in found]) == numbers.reshape(-1)).all()
+
+
+def test_slabs_keep_the_place_of_a_box() -> None:
+    assert list(slabs(Box((2, 3), (2, 4)), 4)) == [Box((2, 3), (1, 4)), Box((3, 3), (1, 4))]

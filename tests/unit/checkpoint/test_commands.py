@@ -9,11 +9,15 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from fakes.saving import commit_states
+from fakes.meshes import Mesh, held
+from fakes.saving import commit_states, save_parts
 from fakes.training import save, train
 from stormjib_checkpoint.commands import app
+from stormjib_checkpoint.commit import commit_step
+from stormjib_checkpoint.layout import GenerationId
 from stormjib_checkpoint.opening import open_generation
 from stormjib_checkpoint.storage import Local
+from stormjib_checkpoint.writer import Part
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -69,6 +73,17 @@ def test_show_tells_ties_absent_states_and_values(tmp_path: Path) -> None:
     assert "betas = {'$tuple': [0.9, 0.99]}" in text
     shown = json.loads(run("show", tmp_path, "--json")[1])
     assert (shown["ties"], shown["absent"]) == ({"head": "emb"}, ["optim.emb"])
+
+
+def test_show_tells_ranks_that_follow_each_other_as_one(tmp_path: Path) -> None:
+    storage, mesh, atom = Local(tmp_path), Mesh((5,), (0,)), torch.arange(10.0)
+    open_generation(storage, "1.1", "uid")
+    for rank, (box, primary) in enumerate(mesh.boxes((10,))):
+        parts = [held("w", atom, box, primary)]
+        save_parts(storage, Part(1, GenerationId(1, 1), rank, mesh.world), parts, {}, {}, {})
+    commit_step(storage, "1.1", mesh.world, 1)
+    assert ["w", "F32", "10", "0-4"] in [line.split() for line in run("show", tmp_path)[1].splitlines()]
+    assert json.loads(run("show", tmp_path, "--json")[1])["tensors"]["w"]["ranks"] == [0, 1, 2, 3, 4]
 
 
 def test_verify_finds_a_flipped_bit(root: Path) -> None:

@@ -8,20 +8,22 @@ from __future__ import annotations
 import queue
 import threading
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
+from fakes.digests import of, said
 from stormjib_checkpoint.engine import Engine, device, pinning, torn
 from stormjib_checkpoint.engine import arena as arenas
 from stormjib_checkpoint.errors import TornCopy
 from stormjib_checkpoint.reader import load
+from stormjib_checkpoint.storage import Local
 from stormjib_checkpoint.tensors import is_direct
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 PIECE = 8192
 SOON_S = 10.0
@@ -169,6 +171,8 @@ def test_the_optimizer_itself_passes_and_what_was_before_it_is_saved(gpu: Device
     gpu.holds[0].synchronize()  # a real stream would wait for it by itself
     trained.step()
     engine.wait()
+    assert isinstance(engine.storage, Local)
+    assert said(Path(engine.storage.root), 1) == {name: of(value) for name, value in wanted.items()}
     found = loaded(engine, save.point, wanted)
     assert all(torch.equal(found[name], value) for name, value in wanted.items())
     assert not torch.equal(trained.state()["p0"], wanted["p0"]), "it has stepped"

@@ -205,12 +205,12 @@ def test_whoever_waits_copies_and_so_do_the_hands_kept_for_it(
         workers: set[threading.Thread] = set()
         all_here, fill = threading.Event(), staging.Copying._fill
 
-        def noted(copying: staging.Copying, piece: int) -> str:
+        def noted(copying: staging.Copying, piece: int) -> None:
             workers.add(threading.current_thread())
             if len(workers) > hands:
                 all_here.set()
             assert all_here.wait(SOON_S)
-            return fill(copying, piece)
+            fill(copying, piece)
 
         monkeypatch.setattr(staging.Copying, "_fill", noted)
         waiting = threading.Thread(target=engine.guard, name="waiting")

@@ -35,6 +35,7 @@ from stormjib_checkpoint.layout import GenerationId
 from stormjib_checkpoint.opening import open_generation
 from stormjib_checkpoint.records import canonical, decode, encode, sha256
 from stormjib_checkpoint.storage import Local
+from stormjib_checkpoint.verify import verify
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -183,7 +184,11 @@ def test_a_true_record_of_another_step_does_not_pass_for_this_one(tmp_path: Path
     ten, other = (tmp_path / f"step-000000{step}" / "g1.1" / name for step in (10, 20))
     shutil.copy(ten, other)
     with pytest.raises(DamagedCheckpoint):
-        loads(storage, twenty)
+        for _ in verify(storage, twenty):
+            pass
+    if not name.startswith("rank-"):  # which a load has no use for
+        with pytest.raises(DamagedCheckpoint):
+            loads(storage, twenty)
     if name == "MANIFEST.json":
         with pytest.raises(DamagedCheckpoint, match=r"is that of step 10 of 1\.1"):
             loads(storage, ResumePoint(20, "1.1", sha256(other.read_bytes())))

@@ -23,7 +23,7 @@ from stormjib_checkpoint.history import committed
 from stormjib_checkpoint.image import image_of
 from stormjib_checkpoint.opening import open_next
 from stormjib_checkpoint.reader import Checkpoint
-from stormjib_checkpoint.spec.live import Wanted, held_by, here
+from stormjib_checkpoint.spec.live import Laid, held_by, here
 from stormjib_checkpoint.spec.parsing import parse
 from stormjib_checkpoint.storage import Local
 from stormjib_checkpoint.writer import split
@@ -56,7 +56,7 @@ def saved(storage: Local, layout: Layout, full: dict[str, Any]) -> Checkpoint:
 def loaded(checkpoint: Checkpoint, layout: Layout, rank: int) -> State:
     told = here(layout, rank)
     state = {name: torch.full(local.shape, 5.0, dtype=torch.float64) for name, local in told.locals.items()}
-    wanted = Wanted(told, state, {name: atom.shape for name, atom in checkpoint.atoms.items()})
+    wanted = Laid(told, state, {name: atom.shape for name, atom in checkpoint.atoms.items()})
     checkpoint.fill_parts(wanted.parts)
     wanted.finish()
     return state
@@ -106,12 +106,12 @@ def test_values_that_differ_by_rank_become_their_mean_on_other_ranks() -> None:
         [3, 4],
         [8, 9],
     ]
-    other = Wanted(here(two, 0), {"model.bias": torch.zeros(2)}, {"model.bias": (3, 2)})
+    other = Laid(here(two, 0), {"model.bias": torch.zeros(2)}, {"model.bias": (3, 2)})
     assert [part.shape for part in other.parts] == [(3, 2)]
     with pytest.raises(
         StateMismatch, match=r"model\.bias is \[3, 4\] in the checkpoint and \[2, 2\] in the layout"
     ):
-        Wanted(here(two, 0), {"model.bias": torch.zeros(2)}, {"model.bias": (3, 4)})
+        Laid(here(two, 0), {"model.bias": torch.zeros(2)}, {"model.bias": (3, 4)})
 
 
 GROUPED = spec(

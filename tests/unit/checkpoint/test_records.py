@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from stormjib_checkpoint.errors import FormatError
 from stormjib_checkpoint.format import (
     Atom,
+    AtomRow,
     AtomsFile,
     DataFile,
     GenerationFile,
@@ -22,6 +23,7 @@ from stormjib_checkpoint.format import (
     StoredBox,
     TrainFile,
 )
+from stormjib_checkpoint.grids import Grid
 from stormjib_checkpoint.layout import (
     GenerationId,
     parse_generation,
@@ -34,6 +36,7 @@ from stormjib_checkpoint.records import decode, encode
 
 G = GenerationId(2, 7)
 ATOM = Atom("F32", (4, 2), (StoredBox(0, (0, 0), (3, 2), 100, 124),))
+ATOM_V = (StoredBox(0, (0,), (4,), 100, 116),)
 RANK = RankFile(
     5,
     G,
@@ -49,7 +52,21 @@ RANK = RankFile(
 )
 RECORDS = [
     RANK,
-    AtomsFile(5, G, {"w": ATOM}, {}, (), {"lr": [1, None, {"k": "ü"}]}),
+    AtomsFile(5, G, {"w": AtomRow("F32", (4, 2), ATOM.boxes)}, {}, (), {"lr": [1, None, {"k": "ü"}]}),
+    AtomsFile(
+        5,
+        G,
+        {
+            "w": AtomRow("F32", (4, 2), None, 0, 1, "f" * 16),
+            "v": AtomRow("F32", (4,), ATOM_V),
+            "b": AtomRow("U8", (), None, 1, 2),
+        },
+        {},
+        (),
+        {},
+        (Grid((((3, 1), (1, 1)),), ((0, 2, 1),)), Grid((), ((0, 1, 0),))),
+        ((4096, 2), (8192, 1)),
+    ),
     TrainFile(5, G, {"step": 5, "seed": 2**70, "nested": {"a": [1.5, True]}}),
     Manifest(
         5, G, "uid", 2, {"atoms.json": "0" * 64}, {"rank-00000.safetensors": 124}, LedgerRef(4, 5, "1" * 64)

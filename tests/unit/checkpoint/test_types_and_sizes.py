@@ -34,7 +34,7 @@ from stormjib_checkpoint.shardfile import Entry, header
 from stormjib_checkpoint.storage import Local
 from stormjib_checkpoint.tensors import DTYPES, TAGS, Held
 from stormjib_checkpoint.tensors import held as held_of
-from stormjib_checkpoint.writer import Part, records_of
+from stormjib_checkpoint.writer import Part, Staged, records_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -195,9 +195,9 @@ def leave_sparse(storage: Local, root: Path, part: Held) -> None:
     pieces = [xxhash.xxh3_64_hexdigest(file.head.ljust(PIECE_BYTES, b"\0"))]
     pieces += [xxhash.xxh3_64_hexdigest(bytes(PIECE_BYTES))] * (file.size // PIECE_BYTES - 1)
     pieces += [xxhash.xxh3_64_hexdigest(bytes(file.size % PIECE_BYTES))]
-    data_file = DataFile(file.size, PIECE_BYTES, tuple(pieces))
+    staged = Staged(DataFile(file.size, PIECE_BYTES, tuple(pieces)), ("0" * 16,))
     who = Part(1, GenerationId(1, 1), 0, 2)
-    leave(storage, who.step, who.generation, who.rank, records_of(who, data_file, file, {}, {}, {}, None))
+    leave(storage, who.step, who.generation, who.rank, records_of(who, staged, file, {}, {}, {}, None))
 
 
 def named(count: int, length: int) -> dict[str, Any]:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from stormjib_operator import crd
+from fakes.job import now, running
+from stormjib_operator import bounds, crd
 from stormjib_operator.models import Status
 from stormjib_operator.spec import Spec
 
@@ -103,7 +104,7 @@ def test_nothing_in_the_status_is_required_or_has_a_default(kind: crd.Kind) -> N
 def test_every_rule_says_what_to_do() -> None:
     every = [each for kind in crd.KINDS for _, each in fields(crd.schema(kind))]
     rules = [rule for each in every for rule in each.get("x-kubernetes-validations", ())]
-    assert len(rules) == 17
+    assert len(rules) == 19
     for rule in rules:
         assert ": " in rule["message"], rule
 
@@ -124,6 +125,7 @@ def test_the_fields_are_these() -> None:
         "nodes",
         "nodes.replicas",
         "nodes.minReplicas",
+        "nodes.allowedReplicas",
         "nodes.spares",
         "recovery",
         "recovery.maxRestarts",
@@ -175,6 +177,16 @@ def test_the_smallest_job_gets_the_defaults_that_the_schema_states() -> None:
     stated = crd.schema(crd.TRAINING_JOB)["properties"]["spec"]["properties"]["recovery"]["default"]
     assert spec.recovery.model_dump(mode="json", by_alias=True) == stated
     assert (spec.nodes.least, spec.nodes.slots) == (2, 2)
+
+
+def test_allowed_sizes_go_into_the_bounds_and_say_what_is_least() -> None:
+    for nodes, sizes, least in (
+        ({"replicas": 5, "allowedReplicas": [5, 3, 4]}, (3, 4, 5), 3),
+        ({"replicas": 5, "minReplicas": 2}, (), 2),
+    ):
+        job = running(nodes=nodes)
+        given = bounds.derive(job, job.job.status, now(5))
+        assert (given.sizes, given.min_replicas, given.replicas) == (sizes, least, 5)
 
 
 def test_a_status_goes_out_and_comes_back_the_same() -> None:

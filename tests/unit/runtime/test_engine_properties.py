@@ -73,6 +73,7 @@ class Storm(RuleBasedStateMachine):
                 continue
             assert new.id > max(self.begun, default=GenerationId(0, 0)), "numbers only grow"
             assert held.min_replicas <= len(new.members) <= held.replicas
+            assert not held.sizes or len(new.members) in held.sizes
             assert len({m.slot for m in new.members}) == len(new.members)
             assert all(held.slots[str(m.slot)] == m.pod_uid for m in new.members)
             self.check_ranks_kept(new)
@@ -193,12 +194,15 @@ class Storm(RuleBasedStateMachine):
         self.world.agents[slot] = FakeAgent(slot, pod_uid=f"pod-{slot}-{self.pods}")
         self.change(slots={**self.world.state.bounds.slots, str(slot): self.world.agents[slot].pod_uid})
 
-    @rule(replicas=st.integers(1, 3))
-    def resized(self, replicas: int) -> None:
+    @rule(replicas=st.integers(1, 3), even=st.booleans())
+    def resized(self, replicas: int, even: bool) -> None:
+        """Without every second size, or with all of them."""
         self.disturbed += 1
         held = self.world.state.bounds
         if held is not None:
-            self.change(replicas=replicas, min_replicas=min(held.min_replicas, replicas))
+            least = min(held.min_replicas, replicas)
+            sizes = tuple(range(replicas, least - 1, -2)[::-1]) if even else ()
+            self.change(replicas=replicas, min_replicas=sizes[0] if sizes else least, sizes=sizes)
 
     @rule()
     def suspended_or_resumed(self) -> None:

@@ -1,0 +1,261 @@
+"""A group loads together: from any mesh to any mesh, each byte read as seldom as can be, proved by one sum, and healed where only a
+copy was wrong."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fakes.counted import Counted
+from fakes.disk import Disk
+from fakes.groups import Member, together
+from fakes.meshes import Mesh, dtypes, filled, held, meshes, raw, shapes, zeros
+from fakes.saving import save_parts
+from stormjib_checkpoint import digest, exchange, loading, tensors
+from stormjib_checkpoint.boxes import whole
+from stormjib_checkpoint.commit import commit_step
+from stormjib_checkpoint.engine import arena
+from stormjib_checkpoint.errors import DamagedCheckpoint, StateMismatch
+from stormjib_checkpoint.layout import GenerationId
+from stormjib_checkpoint.opening import open_generation
+from stormjib_checkpoint.reader import Checkpoint
+from stormjib_checkpoint.writer import Part
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from stormjib_checkpoint.format import ResumePoint
+    from stormjib_checkpoint.tensors import Held, Value
+
+ROOT = "/job"
+Atoms = dict[str, torch.Tensor]
+
+
+class Saved:
+    """Atoms that a mesh has saved."""
+
+    def __init__(self, mesh: Mesh, atoms: Atoms, request_bytes: int = 4) -> None:
+        self.atoms = atoms
+        self.disk = Disk()
+        self.storage = Counted(ROOT, self.disk, request_bytes)
+        open_generation(self.storage, "1.1", "uid")
+        for rank in range(mesh.world):
+            parts = [part for part, _ in parts_of(mesh, atoms, rank)]
+            save_parts(self.storage, Part(1, GenerationId(1, 1), rank, mesh.world), parts, {}, {}, {})
+        self.point: ResumePoint = commit_step(self.storage, "1.1", mesh.world, 1)
+
+    def load(self, mesh: Mesh) -> list[int]:
+        """What came to each rank from others. Raises what the load raises."""
+        self.storage.bytes_read = self.storage.requests = 0
+
+        def one(member: Member) -> int:
+            mine = parts_of(mesh, self.atoms, member.member)
+            Checkpoint(self.storage, self.point).fill_parts([part for _, part in mine], group=member)
+            for wanted, part in mine:
+                assert raw(part.local) == raw(wanted.local), f"{part.name} {part.box}"
+            return member.handed
+
+        return together(mesh.world, one)
+
+    def damage(self, name: str, of: int) -> None:
+        """Change one byte of the tensors of a rank's file."""
+        path = f"{ROOT}/step-00000001/g1.1/rank-{of:05d}.safetensors"
+        data = bytearray(self.disk.content(path))
+        data[-1] ^= 1
+        self.disk.damage(path, bytes(data))
+
+
+def parts_of(mesh: Mesh, atoms: Mapping[str, torch.Tensor], rank: int) -> list[tuple[Held, Held]]:
+    """Of each atom what a rank has, with its values, and empty."""
+    found = []
+    for name, atom in atoms.items():
+        shape = tuple(atom.shape)
+        box, primary = list(mesh.boxes(shape))[rank]
+        copies = mesh.copies(shape)
+        empty = zeros(shape, atom.dtype)
+        found.append((held(name, atom, box, primary, copies), held(name, empty, box, primary, copies)))
+    return found
+
+
+def nbytes(atoms: Atoms) -> int:
+    return sum(atom.numel() * atom.element_size() for atom in atoms.values())
+
+
+SOME = {"model.w": filled((24, 10), torch.float32, 1), "model.b": filled((7,), torch.bfloat16, 2)}
+
+
+@pytest.mark.filterwarnings("ignore:.*support is experimental")  # torch, of what the test itself copies
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    kinds=st.lists(st.tuples(shapes, dtypes), min_size=1, max_size=4),
+    source=meshes,
+    target=meshes,
+    piece=st.integers(1, 300),
+)
+def test_what_one_mesh_saves_a_group_on_another_loads(
+    monkeypatch: pytest.MonkeyPatch,
+    kinds: list[tuple[tuple[int, ...], torch.dtype]],
+    source: Mesh,
+    target: Mesh,
+    piece: int,
+) -> None:
+    monkeypatch.setattr(arena, "PIECE_BYTES", 16 * piece)
+    monkeypatch.setattr(exchange, "SPAN", 64)
+    monkeypatch.setattr(loading, "SLAB_BYTES", 48)
+    monkeypatch.setattr(loading, "WINDOW_BYTES", 100)
+    atoms = {f"model.{i}": filled(shape, dtype, i) for i, (shape, dtype) in enumerate(kinds)}
+    Saved(source, atoms).load(target)
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [((8,), (7,)), ((7,), (8,)), ((5,), (64,)), ((4,), (4,)), ((1,), (6,)), ((64,), (3,))],
+)
+def test_each_byte_is_read_once_where_rows_are_cut_otherwise(source: tuple[int], target: tuple[int]) -> None:
+    saved = Saved(Mesh(source, (0,)), SOME)
+    handed = saved.load(Mesh(target, (0,)))
+    assert saved.storage.bytes_read == nbytes(SOME)
+    assert not any(handed)
+
+
+@pytest.mark.parametrize(("source", "target"), [(0, 1), (1, 0)])
+def test_each_byte_is_read_once_where_columns_are_cut(source: int, target: int) -> None:
+    atoms = {"model.w": filled((40, 64), torch.float32, 1)}
+    saved = Saved(Mesh((4,), (source,)), atoms)
+    saved.load(Mesh((8,), (target,)))
+    assert saved.storage.bytes_read == nbytes(atoms)
+
+
+@pytest.mark.parametrize("replicas", [3, 4, 8])
+def test_replicas_read_each_byte_once_and_hand_it_on(replicas: int) -> None:
+    saved = Saved(Mesh((2,), (0,)), SOME)
+    handed = saved.load(Mesh((replicas,), (None,)))
+    assert saved.storage.bytes_read == nbytes(SOME)
+    assert sum(handed) == (replicas - 1) * nbytes(SOME)
+
+
+def test_a_store_is_asked_for_few_large_pieces() -> None:
+    """Where a request costs as much as a megabyte, what lies between is read too."""
+    atoms = {f"model.{i}": filled((40, 64), torch.float32, i) for i in range(6)}
+    saved = Saved(Mesh((1,), (0,)), atoms, request_bytes=1 << 20)
+    saved.load(Mesh((2,), (0,)))
+    assert saved.storage.requests == 2, "one for each rank"
+
+
+def test_what_short_runs_of_two_ranks_lie_in_is_read_once_for_both() -> None:
+    atoms = {f"model.{i}": filled((40, 64), torch.float32, i) for i in range(6)}
+    saved = Saved(Mesh((1,), (0,)), atoms, request_bytes=1 << 20)
+    handed = saved.load(Mesh((2,), (1,)))
+    assert saved.storage.bytes_read == nbytes(atoms)
+    assert sum(handed) == nbytes(atoms) // 2
+
+
+@pytest.mark.parametrize(
+    "mesh", [Mesh((3,), (0,)), Mesh((4,), (None,)), Mesh((2, 2), (None, 0)), Mesh((2,), (1,))]
+)
+def test_damage_is_found_by_all_and_the_file_is_named_by_who_has_read_it(mesh: Mesh) -> None:
+    saved = Saved(Mesh((2,), (0,)), SOME)
+    saved.damage("model.w", 1)
+    told: list[str] = []
+
+    def one(member: Member) -> None:
+        parts = [part for _, part in parts_of(mesh, SOME, member.member)]
+        with pytest.raises(DamagedCheckpoint) as found:
+            Checkpoint(saved.storage, saved.point).fill_parts(parts, group=member)
+        told.append(str(found.value))
+
+    together(mesh.world, one)
+    assert len(told) == mesh.world
+    assert any("rank-00001.safetensors: bytes" in text for text in told)
+    assert all("model.b" in text for text in told), "the last tensor of the file"
+
+
+def test_what_was_wrong_only_on_the_way_is_healed_from_the_storage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bit flips between two ranks: the sum tells, pieces are read from the storage, and the load is right."""
+    flipped: list[int] = []
+    swapped = Member.swapped
+
+    def flip(member: Member, outgoing: list[bytearray], incoming: list[int]) -> list[memoryview]:
+        found = swapped(member, outgoing, incoming)
+        if member.member == 2 and not flipped and any(incoming):
+            victim = next(one for one in found if len(one))
+            victim[len(victim) // 2] ^= 16
+            flipped.append(len(victim))
+        return found
+
+    monkeypatch.setattr(Member, "swapped", flip)
+    saved = Saved(Mesh((2,), (0,)), SOME)
+    saved.load(Mesh((4,), (None,)))
+    assert flipped, "the fault fired"
+    assert saved.storage.bytes_read > nbytes(SOME)
+
+
+def test_what_its_saver_has_digested_otherwise_is_refused_though_every_checksum_holds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As where a saver takes a shard for another one: what it has written is whole, and it is not what it says."""
+    with monkeypatch.context() as patch:
+        patch.setattr(digest, "geometry", lambda shape, box: digest.Geometry((box.volume,), (1,), 5))
+        saved = Saved(Mesh((2,), (0,)), SOME)
+    with pytest.raises(
+        DamagedCheckpoint,
+        match=r"loaded of model\.b, model\.w does not add up .* from .*rank-0000[01]\.safetensors",
+    ):
+        saved.load(Mesh((2,), (0,)))
+
+
+def test_another_type_is_loaded_only_where_that_was_said() -> None:
+    saved = Saved(Mesh((3,), (0,)), {"model.w": torch.randn(9, 4)})
+    state = {"model.w": torch.zeros(9, 4, dtype=torch.bfloat16)}
+    checkpoint = Checkpoint(saved.storage, saved.point)
+    with pytest.raises(
+        StateMismatch, match=r"model\.w is F32 \[9, 4\] in the checkpoint, BF16.*name it in cast="
+    ):
+        checkpoint.fill(state)
+    checkpoint.fill(state, cast=["model.*"])
+    assert torch.equal(state["model.w"], saved.atoms["model.w"].bfloat16())
+
+
+def test_shapes_are_never_cast() -> None:
+    saved = Saved(Mesh((1,), (0,)), {"model.w": torch.randn(9, 4)})
+    with pytest.raises(StateMismatch, match=r"\[9, 4\].*\[4, 9\]"):
+        Checkpoint(saved.storage, saved.point).fill({"model.w": torch.zeros(4, 9)}, cast=["*"])
+
+
+def test_each_stage_of_a_pipeline_names_what_it_has_and_together_they_have_all() -> None:
+    saved = Saved(Mesh((1,), (None,)), {"model.0": torch.randn(3), "model.1": torch.randn(4)})
+
+    def stage(member: Member) -> None:
+        name = f"model.{member.member}"
+        state: dict[str, Value] = {name: torch.zeros(3 + member.member)}
+        Checkpoint(saved.storage, saved.point).fill(state, group=member)
+        assert torch.equal(state[name], saved.atoms[name])
+
+    together(2, stage)
+
+
+def test_beside_the_tensors_no_more_than_a_window_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Strided targets are filled through memory beside them, which is bounded."""
+    monkeypatch.setattr(loading, "SLAB_BYTES", 1000)
+    monkeypatch.setattr(loading, "WINDOW_BYTES", 4000)
+    taken: list[int] = []
+
+    def counted(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        found = tensors.empty(shape, dtype)
+        taken.append(found.numel() * found.element_size())
+        return found
+
+    monkeypatch.setattr(loading, "empty", counted)
+    atom = torch.randn(60, 50)
+    saved = Saved(Mesh((3,), (0,)), {"model.w": atom})
+    target = torch.zeros(50, 60).t()
+    part = held("model.w", atom, whole((60, 50)), True)
+    checkpoint = Checkpoint(saved.storage, saved.point)
+    checkpoint.fill_parts([type(part)(part.name, part.dtype, part.shape, part.box, target, True, 1)])
+    assert torch.equal(target, atom)
+    assert max(taken) <= 1000
+    assert len(loading.batches([])) == 1
