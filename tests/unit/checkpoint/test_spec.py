@@ -129,7 +129,6 @@ def test_any_spec_on_any_two_meshes(
 def viewed(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
     """A tensor that is made of others, or is a part of one."""
     shapes: dict[str, tuple[int, ...]]
-    of: dict[str, tuple[int, ...]]
     count, groups, width = draw(st.integers(1, 4)), draw(st.integers(1, 3)), draw(st.integers(1, 3))
     kind = draw(st.sampled_from(["joined", "grouped", "stacked", "apart", "turned"]))
     rows = [groups * draw(st.integers(1, 3)) for _ in range(3)]
