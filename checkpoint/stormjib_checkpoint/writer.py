@@ -132,7 +132,7 @@ def split(state: Mapping[str, Value], rank: int, world: int, layout: Layout | No
             _add_laid(found, told, name, value)
         else:
             _add(found, names, held(name, value, rank, world))
-    _refuse_unknown_names(found, told)
+    _refuse_unknown_names(found, told, state)
     owners = {name.rpartition(".")[0] for name in state}
     for name, value in found.scalars.items():
         if value is ABSENT and name in owners:
@@ -157,18 +157,18 @@ def _add_laid(found: Contents, told: Here, name: str, value: torch.Tensor) -> No
         found.ties[name] = tie
 
 
-def _refuse_unknown_names(found: Contents, told: Here) -> None:
+def _refuse_unknown_names(found: Contents, told: Here, state: Mapping[str, Value]) -> None:
     """Raises UnsupportedState where a name that the layout does not know is that of a tensor which it has cut."""
-    cut = (
-        {place.local.untyped_storage().data_ptr(): place for place in found.parts if place.cut is not None}
-        if told.locals
-        else {}
-    )
-    for part in found.parts:
-        other = cut.get(part.local.untyped_storage().data_ptr())
-        if part.cut is None and part.box.volume and other is not None:
+    cut = {
+        value.data_ptr(): name
+        for name, value in state.items()
+        if isinstance(value, torch.Tensor) and told.says(name, value) and value.numel()
+    }
+    for part in found.parts if cut else ():
+        other = cut.get(part.local.data_ptr()) if part.cut is None and part.box.volume else None
+        if other is not None:
             raise UnsupportedState(
-                f"{part.name} shares the memory of {other.tensor}, which the layout cuts, and the layout says nothing of it; tie it there"
+                f"{part.name} is the memory of {other}, which the layout cuts, and the layout says nothing of it; tie it there"
             )
 
 

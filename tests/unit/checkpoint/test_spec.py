@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -518,3 +519,31 @@ def test_sizes_given_later() -> None:
     assert [layout.rank(rank)["model.w"].shape[0] for rank in (0, 1)] == [4, 2]
     with pytest.raises(SpecError, match="size heads is given"):
         parse(value, {"hd": 2, "heads": 1})
+
+
+def test_the_example_of_the_page() -> None:
+    page = (Path(__file__).resolve().parents[3] / "docs" / "layouts.md").read_text()
+    value = json.loads(page.partition("```json\n")[2].partition("```")[0])
+    weights = {
+        "embedding.weight": (250, 8), "norm.weight": (8,),
+        **{f"layers.{i}.attn.{x}.weight": ((64, 8) if x == "q" else (16, 8)) for i in range(2) for x in "qkv"},
+        **{f"layers.{i}.attn.out.weight": (8, 64) for i in range(2)},
+        **{f"layers.{i}.mlp.gate_up.weight": (20, 8) for i in range(2)},
+        **{f"layers.{i}.mlp.down.weight": (8, 10) for i in range(2)},
+    }  # fmt: skip
+    shapes = {f"model.{name}": shape for name, shape in weights.items()}
+    shapes |= {f"optim.{name}.exp_avg": shape for name, shape in weights.items()}
+    layout = parse(value, {"head": 2}).on({"pp": 2, "dp": 3, "tp": 2}, shapes)
+    check(layout)
+    assert {"model.head.weight", "optim.flat.exp_avg"} <= {*layout.rank(layout.world - 1)}
+    told = {line.split("`")[1] for line in page.splitlines() if line.startswith("| `")}
+    assert told >= {*value} - {"axes", "sizes"} | {
+        "shard",
+        "parts",
+        "pad",
+        "tie",
+        "partial",
+        "cast",
+        "replicate",
+        "views",
+    }
