@@ -7,6 +7,8 @@ format may add some. Nothing is executed or imported by name.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import hashlib
 import hmac
 import json
@@ -14,7 +16,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache, partial
 from typing import Any, TypeVar
@@ -119,11 +121,25 @@ def _outline(kind: Any) -> tuple[tuple[str, bool], ...]:
 
 def decode(kind: type[T], data: bytes, where: str, key: bytes | None = None) -> T:
     """The record in the bytes of a file. With a key it must be signed with it. Raises FormatError on anything that is not exactly that."""
-    value = parse(data, where)
-    _check_format(value, where)
-    if key is not None:
-        _check_signature(value, key, where)
-    return typing.cast("T", build(kind, value, where))
+    with _no_collection():
+        value = parse(data, where)
+        _check_format(value, where)
+        if key is not None:
+            _check_signature(value, key, where)
+        return typing.cast("T", build(kind, value, where))
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """A long record is tens of thousands of objects and no cycle. With torch in memory, to look for cycles among all that there is, again and
+    again meanwhile, takes as long as to read it."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _check_signature(value: dict[str, Json], key: bytes, where: str) -> None:

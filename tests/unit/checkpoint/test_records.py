@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 from typing import Any
 
@@ -253,3 +255,16 @@ def test_names_have_one_form() -> None:
     assert sorted([GenerationId(2, 1), GenerationId(1, 10), GenerationId(1, 9)]) == [
         GenerationId(1, 9), GenerationId(1, 10), GenerationId(2, 1),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("data", [encode(RANK), b"{}"])
+def test_the_garbage_collector_is_left_as_it_was(data: bytes, enabled: bool) -> None:
+    before = gc.isenabled()
+    (gc.enable if enabled else gc.disable)()
+    try:
+        with contextlib.suppress(FormatError):
+            decode(RankFile, data, "file")
+        assert gc.isenabled() is enabled
+    finally:
+        (gc.enable if before else gc.disable)()
