@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from stormjib_checkpoint.boxes import Box
+from stormjib_checkpoint.dcp.roots import OURS
 from stormjib_checkpoint.errors import ForeignDamaged, ForeignRefused, ImportRefused
 from stormjib_checkpoint.interop import torchzip
 from stormjib_checkpoint.interop.foreign import Chunk, Described, Foreign, Place, Record, Source, describe
@@ -60,24 +61,29 @@ def export(checkpoint: Checkpoint, folder: Path) -> None:
     """Write all of a step into a new folder that stock torch loads: a file for each tensor, the index last. Raises ExportRefused, LoadError."""
     new_folder(folder)
     index = _Index({}, {})
-    once: dict[int, str] = {}
-    for name, atom in checkpoint.atoms.items():
-        once.setdefault(id(atom), name)
-    for number, (name, parts) in enumerate(streams(checkpoint, list(once.values()))):
-        atom = checkpoint.atoms[name]
-        file = folder / f"__0_{number}.distcp"
-        torchzip.save(file, torchzip.Streamed(atom.dtype, atom.shape), [parts])
-        for same in [other for other, one in checkpoint.atoms.items() if one is atom]:
-            index.tensor(
-                _to_theirs(same), atom.dtype, atom.shape, _StorageInfo(file.name, 0, file.stat().st_size)
-            )
+    _tensors(checkpoint, folder, index)
     with (folder / OBJECTS).open("xb") as objects:
         _steps(checkpoint, index, objects)
         for name, value in _objects(checkpoint).items():
             index.object(name, _put(objects, value))
-    metadata = Metadata(index.entries, _paths(index.entries), index.places, StorageMeta(), "1.0.0")
+    paths = _paths(index.entries) | checkpoint.train.get(OURS, {}).get("paths", {})
+    metadata = Metadata(index.entries, paths, index.places, StorageMeta(), "1.0.0")
     with (folder / METADATA).open("xb") as last:
         pickle.dump(metadata, last)
+
+
+def _tensors(checkpoint: Checkpoint, folder: Path, index: _Index) -> None:
+    """Names of one tensor lead to one file."""
+    names: dict[int, list[str]] = {}
+    for name, atom in checkpoint.atoms.items():
+        names.setdefault(id(atom), []).append(name)
+    for number, (name, parts) in enumerate(streams(checkpoint, [first for first, *_ in names.values()])):
+        atom = checkpoint.atoms[name]
+        file = folder / f"__0_{number}.distcp"
+        torchzip.save(file, torchzip.Streamed(atom.dtype, atom.shape), [parts])
+        place = _StorageInfo(file.name, 0, file.stat().st_size)
+        for same in names[id(atom)]:
+            index.tensor(_to_theirs(same), atom.dtype, atom.shape, place)
 
 
 class _Index(NamedTuple):
@@ -98,6 +104,9 @@ class _Index(NamedTuple):
 
 
 def _to_theirs(name: str) -> str:
+    """What DCP has saved through us has its names already."""
+    if name.startswith((STATE, GROUPS)):
+        return name
     return STATE + name.removeprefix(OPTIM) if name.startswith(OPTIM) else name
 
 
@@ -109,7 +118,7 @@ def _steps(checkpoint: Checkpoint, index: _Index, file: io.BufferedWriter) -> No
 
 
 def _objects(checkpoint: Checkpoint) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = dict(checkpoint.train.get(OURS, {}).get("objects", {}))
     for name, value in checkpoint.scalars.items():
         if name.startswith(OPTIM) and value is not ABSENT:
             found[_to_theirs(name)] = value

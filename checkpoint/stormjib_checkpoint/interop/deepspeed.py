@@ -51,27 +51,18 @@ MODEL_STATES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_s
 def export(checkpoint: Checkpoint, folder: Path, step: int) -> None:
     """Write step `step` into a new folder, for `load_checkpoint(folder)` with `load_universal`. Raises ExportRefused, LoadError."""
     found = groups(checkpoint)
-    owners = parameters(checkpoint)
     if not found:
         raise ExportRefused(
             "no groups of an optimizer are saved, and DeepSpeed loads none without; save the optimizer with the model"
         )
+    for owner in parameters(checkpoint):
+        if MODEL + owner not in checkpoint.atoms:
+            raise ExportRefused(f"{OPTIM}{owner} is the state of no parameter: there is no {MODEL}{owner}")
     new_folder(folder)
     place = folder / f"global_step{step}_universal"
-    names = [
-        name
-        for owner, keys in owners.items()
-        for name in (MODEL + owner, *(f"{OPTIM}{owner}.{key}" for key in keys))
-    ]
-    for name, parts in streams(checkpoint, names):
-        owner, key = (name.removeprefix(MODEL), WEIGHT) if name.startswith(MODEL) else _owner(name)
-        atom = checkpoint.atoms[name]
-        tensor = torchzip.Streamed(atom.dtype, atom.shape)
-        (place / "zero" / owner).mkdir(parents=True, exist_ok=True)
-        value: Any = tensor if key == STEP else {PARAM: tensor, "cat_dim": 0}
-        torchzip.save(place / "zero" / owner / f"{key}.pt", value, [parts])
+    _tensors(checkpoint, place / "zero")
     done = float(step if (told := steps_done(checkpoint)) is None else told)
-    for owner, keys in owners.items():
+    for owner, keys in parameters(checkpoint).items():
         if STEP not in keys:
             torch.save(torch.tensor(done), place / "zero" / owner / f"{STEP}.pt")
     torch.save(_global(found, done), place / "zero" / OPTIMIZER)
@@ -82,6 +73,23 @@ def export(checkpoint: Checkpoint, folder: Path, step: int) -> None:
     for name in MODEL_STATES:
         torch.save(_model_states(step, shapes), place / name)
     (folder / LATEST).write_text(place.name, "utf-8")
+
+
+def _tensors(checkpoint: Checkpoint, zero: Path) -> None:
+    """A file for each state of each parameter that the optimizer has."""
+    owners = parameters(checkpoint)
+    names = [
+        n
+        for owner, keys in owners.items()
+        for n in (MODEL + owner, *(f"{OPTIM}{owner}.{key}" for key in keys))
+    ]
+    for name, parts in streams(checkpoint, names):
+        owner, key = (name.removeprefix(MODEL), WEIGHT) if name.startswith(MODEL) else _owner(name)
+        atom = checkpoint.atoms[name]
+        tensor = torchzip.Streamed(atom.dtype, atom.shape)
+        (zero / owner).mkdir(parents=True, exist_ok=True)
+        value: Any = tensor if key == STEP else {PARAM: tensor, "cat_dim": 0}
+        torchzip.save(zero / owner / f"{key}.pt", value, [parts])
 
 
 def _owner(name: str) -> tuple[str, str]:

@@ -25,7 +25,7 @@ from stormjib_checkpoint.layout import GenerationId
 from stormjib_checkpoint.left import leave
 from stormjib_checkpoint.opening import open_next
 from stormjib_checkpoint.tensors import DTYPES, Held
-from stormjib_checkpoint.writer import Part, records_of, refuse_unstorable
+from stormjib_checkpoint.writer import RESERVED, Part, records_of, refuse_unstorable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -50,14 +50,14 @@ class _Range(NamedTuple):
 def bring_in(storage: Storage, foreign: Foreign, step: int, world: int) -> ResumePoint:
     """Write and commit `foreign` as step `step`, as if `world` ranks had saved it, each a part of the first dimension.
 
-    Raises ImportRefused where steps are there, ForeignDamaged where chunks do not hold a tensor exactly once, StorageError.
+    Raises ImportRefused where steps are there or names cannot be kept, UnsupportedState by name, ForeignDamaged where chunks do not hold a tensor exactly once, StorageError.
     """
     _refuse_steps(committed(storage))
     for source in foreign.sources:
         why = flaw(source.shape, [chunk.box for chunk in source.chunks])
         if why is not None:
             raise ForeignDamaged(f"{source.name}: its chunks do not hold it exactly once: {why}")
-    refuse_unstorable(foreign.scalars, "scalars")
+    _refuse_names(foreign)
     opening = open_next(storage)
     # Whoever was cut short may have left all but the manifest: then the opening has just committed it.
     _refuse_steps([opening.resume] if opening.resume is not None else [])
@@ -65,6 +65,21 @@ def bring_in(storage: Storage, foreign: Foreign, step: int, world: int) -> Resum
     for rank in range(world):
         _write_rank(storage, foreign, Part(step, generation, rank, world))
     return commit_step(storage, str(generation), world, step)
+
+
+def _refuse_names(foreign: Foreign) -> None:
+    """Foreign names may be anything; each must be one that the format holds, and be there once."""
+    seen: set[str] = set()
+    for name in (*(source.name for source in foreign.sources), *foreign.scalars):
+        if name in seen or name.startswith(RESERVED):
+            why = (
+                f"begins with {RESERVED}, which is kept for the format"
+                if name not in seen
+                else "is there twice"
+            )
+            raise ImportRefused(f"{name[:200]} {why}; rename it where it comes from")
+        seen.add(name)
+    refuse_unstorable(dict.fromkeys(seen) | foreign.scalars, "foreign")
 
 
 def _refuse_steps(there: Sequence[ResumePoint]) -> None:

@@ -20,8 +20,10 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from fakes.interop import commit, everything, opened, same, save_trained
-from stormjib_checkpoint.errors import ForeignDamaged, ForeignRefused, ImportRefused
+from stormjib_checkpoint.dcp import StormjibWriter
+from stormjib_checkpoint.errors import ExportRefused, ForeignDamaged, ForeignRefused, ImportRefused
 from stormjib_checkpoint.interop import dcp as ours
+from stormjib_checkpoint.interop import deepspeed
 from stormjib_checkpoint.interop.inflow import bring_in
 from stormjib_checkpoint.state import collect, restore
 from stormjib_checkpoint.storage import Local
@@ -72,6 +74,29 @@ def test_stock_torch_loads_what_we_bring_out(tmp_path: Path) -> None:
     same(tensors(model, optimizer), tensors(other, theirs))
     assert [g["weight_decay"] for g in theirs.param_groups] == [0.1, 0.0]
     assert theirs.param_groups[0]["betas"] == (0.8, 0.95)
+
+
+@pytest.mark.parametrize("options", [None, FLAT])
+def test_what_dcp_has_saved_through_us_goes_out_under_its_names(
+    tmp_path: Path, options: StateDictOptions | None
+) -> None:
+    model, optimizer = stepped(1)
+    save(
+        state_of(model, optimizer, options),
+        checkpoint_id=tmp_path / "job",
+        storage_writer=StormjibWriter(),
+        no_dist=True,
+    )
+    ours.export(opened(tmp_path / "job"), tmp_path / "dcp")
+    other, theirs = stepped(2, steps=1)
+    state = state_of(other, theirs, options)
+    load(state, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    set_optimizer_state_dict(other, theirs, state["optim"], options=options)
+    set_model_state_dict(other, state["model"])
+    same(tensors(model, optimizer), tensors(other, theirs))
+    assert [g["weight_decay"] for g in theirs.param_groups] == [0.1, 0.0]
+    with pytest.raises(ExportRefused, match="no groups of an optimizer"):
+        deepspeed.export(opened(tmp_path / "job"), tmp_path / "ucp", 1)
 
 
 def test_the_trainers_steps_and_options_come_along(tmp_path: Path) -> None:

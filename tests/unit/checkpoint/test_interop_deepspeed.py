@@ -132,3 +132,6 @@ def test_without_groups_deepspeed_could_not_load_it(tmp_path: Path) -> None:
     commit(tmp_path / "job", {"model.w": torch.ones(2), "optim.w.exp_avg": torch.ones(2)}, {})
     with pytest.raises(ExportRefused, match="no groups of an optimizer"):
         deepspeed.export(opened(tmp_path / "job"), tmp_path / "u", 1)
+    commit(tmp_path / "odd", {"optim.w.exp_avg": torch.ones(2), "group.0.params": ["model.w"]}, {})
+    with pytest.raises(ExportRefused, match=r"optim\.w is the state of no parameter"):
+        deepspeed.export(opened(tmp_path / "odd"), tmp_path / "u", 1)

@@ -18,7 +18,7 @@ from fakes.disk import Disk
 from fakes.interop import everything, opened
 from fakes.power import Cutting
 from stormjib_checkpoint.boxes import Box, part, whole
-from stormjib_checkpoint.errors import ForeignDamaged, ImportRefused
+from stormjib_checkpoint.errors import ForeignDamaged, ImportRefused, UnsupportedState
 from stormjib_checkpoint.history import committed
 from stormjib_checkpoint.interop import hf, inflow
 from stormjib_checkpoint.interop.foreign import Chunk, Foreign, Source
@@ -109,6 +109,26 @@ def test_a_tensor_that_does_not_fit_its_chunks_leaves_nothing(tmp_path: Path) ->
     hole = Foreign([source._replace(chunks=source.chunks[:1])], {})
     with pytest.raises(ForeignDamaged, match=r"model\.w: its chunks do not hold it exactly once"):
         bring_in(Local(tmp_path / "job"), hole, 0, 1)
+    assert not (tmp_path / "job").exists()
+
+
+@pytest.mark.parametrize(
+    ("names", "scalars", "why"),
+    [
+        (["a", "a"], {}, "a is there twice"),
+        (["a"], {"a": 1}, "a is there twice"),
+        (["__box.1.a"], {}, r"__box\.1\.a begins with __"),
+        (["a\ud800"], {}, "no Unicode"),
+        (["a"], {"b": {1, 2}}, "foreign.b"),
+    ],
+)
+def test_names_and_values_that_cannot_be_kept_leave_nothing(
+    tmp_path: Path, names: list[str], scalars: dict[str, Any], why: str
+) -> None:
+    (source,) = foreign(tmp_path, {"model.w": torch.ones(2)}).sources
+    bad = Foreign([source._replace(name=name) for name in names], scalars)
+    with pytest.raises((ImportRefused, UnsupportedState), match=why):
+        bring_in(Local(tmp_path / "job"), bad, 0, 1)
     assert not (tmp_path / "job").exists()
 
 
