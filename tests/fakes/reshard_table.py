@@ -35,7 +35,6 @@ from stormjib_checkpoint import layout as names
 from stormjib_checkpoint.commit import commit_step
 from stormjib_checkpoint.errors import DamagedCheckpoint
 from stormjib_checkpoint.format import ITEM_BYTES, ResumePoint
-from stormjib_checkpoint.history import newest
 from stormjib_checkpoint.interop import dcp, deepspeed
 from stormjib_checkpoint.interop.inflow import bring_in
 from stormjib_checkpoint.layout import GenerationId
@@ -51,7 +50,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from stormjib_checkpoint.spec.layout import Layout, Patch
-    from stormjib_checkpoint.storage import Opened, Storage
+    from stormjib_checkpoint.storage import Storage
     from stormjib_checkpoint.tensors import Value
 
     Tensors = dict[str, torch.Tensor]
