@@ -14,6 +14,7 @@ import tempfile
 import time
 from contextlib import contextmanager
 from copy import deepcopy
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -247,7 +248,7 @@ def chain(row: Row) -> Shown:
     first = State(as_stored(layouts[0], state.tensors), state.scalars)
     now = State(_cast(layouts[0], first.tensors), state.scalars)
     control = goes_on(row.model, row.optimizer, plain(row, now.tensors))
-    for source, target in zip(layouts, layouts[1:], strict=False):
+    for source, target in pairwise(layouts):
         point = job.save(source, now)
         job.proves(point, now.tensors)
         next_ = State(_cast(target, as_stored(target, now.tensors)), now.scalars)

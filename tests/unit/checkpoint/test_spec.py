@@ -132,7 +132,7 @@ def viewed(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]
     count, groups, width = draw(st.integers(1, 4)), draw(st.integers(1, 3)), draw(st.integers(1, 3))
     kind = draw(st.sampled_from(["joined", "grouped", "stacked", "apart", "turned"]))
     rows = [groups * draw(st.integers(1, 3)) for _ in range(3)]
-    of = {f"a.{i}": (rows[0], width) for i in range(count)}
+    of: dict[str, tuple[int, ...]] = {f"a.{i}": (rows[0], width) for i in range(count)}
     if kind == "joined":
         view: dict[str, Any] = {"to": "t.w", "of": ["a.{i}"], "dim": draw(st.integers(0, 1))}
     elif kind == "grouped":
