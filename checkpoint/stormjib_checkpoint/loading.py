@@ -172,7 +172,7 @@ class Loading:
         return self._near is not None and self._near.has(self._step.data_path(rank))
 
     def _plan(self, goals: Sequence[Goal]) -> list[FilePlan]:
-        targets = [Target(goal.aim.want.name, goal.aim.box) for goal in goals]
+        targets = [Target(goal.aim.want.name, goal.aim.box, goal.aim.want.part.copies) for goal in goals]
         return plan(targets, self._index.atoms, self._storage.request_bytes, span_of(self._group.size))
 
     @contextlib.contextmanager

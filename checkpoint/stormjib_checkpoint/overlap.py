@@ -21,19 +21,35 @@ ALIGNMENT = 16
 
 
 def shared(parts: Sequence[Held]) -> list[list[Held]]:
-    """Those whose memory may be that of another, or is used twice, in groups that must be looked at together."""
-    ordered = sorted(parts, key=lambda part: (str(part.local.device), part.local.data_ptr()))
-    groups: list[list[Held]] = []
-    device, reached = None, 0
-    for part in ordered:
-        start, end = _extent(part.local)
-        if part.local.device == device and start < reached:
-            groups[-1].append(part)
+    """Those whose memory may be that of another, or is used twice, in groups that must be looked at together.
+
+    Boxes that a layout has cut out of one tensor never meet, however they lie between each other.
+    """
+    tensors: dict[object, list[Held]] = {}
+    for part in parts:
+        tensors.setdefault(part.cut.tensor if part.cut is not None else id(part), []).append(part)
+    ordered = sorted(
+        (str(some[0].local.device), *_reach(some), number) for number, some in enumerate(tensors.values())
+    )
+    every = list(tensors.values())
+    groups: list[list[list[Held]]] = []
+    device, reached = "", 0
+    for on, start, end, number in ordered:
+        if on == device and start < reached:
+            groups[-1].append(every[number])
         else:
-            groups.append([part])
-            device, reached = part.local.device, end
-        reached = max(reached, end)
-    return [group for group in groups if len(group) > 1 or _may_meet_itself(group[0].local)]
+            groups.append([every[number]])
+            reached = end
+        device, reached = on, max(reached, end)
+    meeting = [[part for some in group for part in some] for group in groups if len(group) > 1]
+    alone = [part for group in groups if len(group) == 1 for part in group[0]]
+    return meeting + [[part] for part in alone if _may_meet_itself(part.local)]
+
+
+def _reach(parts: Sequence[Held]) -> tuple[int, int]:
+    """Addresses that parts of one tensor lie between."""
+    extents = [_extent(part.local) for part in parts]
+    return min(start for start, _ in extents), max(end for _, end in extents)
 
 
 def clash(group: Sequence[Held], values: Sequence[torch.Tensor]) -> str | None:

@@ -33,6 +33,8 @@ class Target(NamedTuple):
 
     atom: str
     box: Box
+    copies: int
+    """So many ranks want the same."""
 
 
 class Cut(NamedTuple):
@@ -122,7 +124,8 @@ def plan(
 ) -> list[FilePlan]:
     """The reads that fill all targets, by file. `request`: so many bytes take as long to read as one more request; none is longer than
     `span`, but for a single row."""
-    cuts: defaultdict[int, list[Cut]] = defaultdict(list)
+    # What has as many copies is read by itself: so those who want the same have the same requests, which can be shared.
+    cuts: defaultdict[int, defaultdict[int, list[Cut]]] = defaultdict(lambda: defaultdict(list))
     strips: defaultdict[int, list[Strip]] = defaultdict(list)
     for number, target in enumerate(targets):
         atom = atoms[target.atom]
@@ -135,9 +138,13 @@ def plan(
             if runs.are_many:
                 strips[source.rank] += runs.strips(request, span)
             else:
-                cuts[source.rank] += runs.cuts()
+                cuts[source.rank][target.copies] += runs.cuts()
     return [
-        FilePlan(rank, [*coalesced(cuts[rank], request, span)], strips[rank])
+        FilePlan(
+            rank,
+            [read for some in cuts[rank].values() for read in coalesced(some, request, span)],
+            strips[rank],
+        )
         for rank in sorted(cuts.keys() | strips.keys())
     ]
 

@@ -35,6 +35,7 @@ from fakes.saving import save_rank
 from stormjib_checkpoint import layout as names
 from stormjib_checkpoint.commit import commit_step
 from stormjib_checkpoint.errors import DamagedCheckpoint
+from stormjib_checkpoint.files import Posix
 from stormjib_checkpoint.format import ITEM_BYTES, ResumePoint
 from stormjib_checkpoint.interop import dcp, deepspeed
 from stormjib_checkpoint.interop.inflow import bring_in
@@ -113,7 +114,7 @@ def _train(net: Any, stepper: Any, begin: int, end: int) -> list[float]:
         loss.backward()  # type: ignore[no-untyped-call]
         stepper.step()
         stepper.zero_grad()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     return losses
 
 
@@ -357,7 +358,7 @@ def by_torch(row: Row) -> Shown:
     state, job = trained(row.model, row.optimizer), Job()
     source, target = row.layouts()
     with tempfile.TemporaryDirectory() as name:
-        job.storage = Counted(name, None)  # type: ignore[arg-type]
+        job.storage = Counted(name, Posix(), request_bytes=4)
         point = job.save(source, state)
         into = {key: torch.full_like(value, PAD) for key, value in state.tensors.items()}
         folder = names.folder(point.step, GenerationId.parse(point.generation))

@@ -103,7 +103,7 @@ def test_short_runs_come_to_their_place_and_add_up(columns: slice, request_bytes
     source = StoredBox(0, (0, 0), (40, 9), 0, 40 * 9 * 4)
     box = Box((0, columns.start), (40, columns.stop - columns.start))
     (planned,) = plan(
-        [Target("w", box)], index_of({"w": AtomRow("F32", (40, 9), (source,))}).atoms, request_bytes
+        [Target("w", box, 1)], index_of({"w": AtomRow("F32", (40, 9), (source,))}).atoms, request_bytes
     )
     assert len(planned.strips) == 1
     target = torch.zeros(box.shape)
