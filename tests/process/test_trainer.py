@@ -14,6 +14,7 @@ from stormjib_checkpoint.commit import commit_step
 from stormjib_checkpoint.history import committed
 from stormjib_checkpoint.ledger import audit
 from stormjib_checkpoint.opening import open_generation
+from stormjib_checkpoint.order import Micro, Order
 from stormjib_checkpoint.storage import Local
 from stormjib_runtime import codec
 from stormjib_runtime.page import Page
@@ -26,7 +27,6 @@ from stormjib_runtime.wire import (
     ResumePoint,
 )
 from stormjib_trainer import data
-from stormjib_trainer.order import Order
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -61,7 +61,8 @@ def warm() -> Iterator[Warm]:
 
 @pytest.fixture(scope="module")
 def order() -> Order:
-    return Order(data.load("stdlib", context=32).samples, BATCH, seed=0)
+    text = data.load({"text": "stdlib"}, context=32)
+    return Order(text.sources({"text": 1}), Micro(1, BATCH), seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +113,7 @@ def assert_planned(storage: Local, order: Order, last: int) -> None:
     assert not found.gaps()
     assert not found.twice()
     assert not found.differences(order.ids)
+    assert found.order == order, "what the audit goes by is what the trainer was told"
 
 
 def assert_near(found: dict[int, float], wanted: dict[int, float], relative: float) -> None:
@@ -167,16 +169,14 @@ def test_replicas_are_saved_once_and_resumed_on_any_layout(
     assert_planned(Local(tmp_path / "storage"), order, last=20)
 
 
-def test_ranks_without_a_sequence_take_part(warm: Warm, tmp_path: Path) -> None:
-    arguments = tiny(train__batch=2, train__micro_batch=1)
-    one, _ = warm.run(1, arguments, tmp_path / "1")
-    three, codes = warm.run(3, arguments, tmp_path / "3")
-    assert codes == [0, 0, 0], three.text()
-    assert_near(three.losses(), one.losses(), 1e-5)
+def test_more_ranks_than_micro_batches_are_refused(warm: Warm, tmp_path: Path) -> None:
+    job, codes = warm.run(3, tiny(train__batch=4, train__micro_batch=2), tmp_path)
+    assert codes == [2, 2, 2]
+    assert "2 micro-batches of train.micro_batch = 2, fewer than the 3 ranks" in job.text()
 
 
-def test_micro_batches_and_joined_layers_change_nothing(warm: Warm, undisturbed: Job, tmp_path: Path) -> None:
-    job, codes = warm.run(2, tiny(train__micro_batch=2, train__unit=10**9), tmp_path)
+def test_passes_and_joined_layers_change_nothing(warm: Warm, undisturbed: Job, tmp_path: Path) -> None:
+    job, codes = warm.run(2, tiny(train__at_once=2, train__unit=10**9), tmp_path)
     assert codes == [0, 0], job.text()
     assert_near(job.losses(), undisturbed.losses(), 1e-5)
 

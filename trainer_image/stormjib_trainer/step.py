@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from math import ceil
 from typing import TYPE_CHECKING, cast
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.distributed.fsdp import FSDPModule
 
+    from stormjib_checkpoint.order import Micro
     from stormjib_trainer.model import Llama
 
 
@@ -38,18 +40,51 @@ class Agreed:
     """What the ranks wanted to tell each other beside, summed."""
 
 
-def micro_batches(windows: Tensor, most: int, total: int, world: int) -> Iterator[tuple[Tensor, float]]:
-    """Cut a rank's windows into micro batches of at most `most`, each with the weight of its loss.
+@dataclass(frozen=True)
+class Pass:
+    """Micro-batches that a rank takes through the model at once."""
 
-    Every forward and backward gathers weights from all ranks, so all must make the same number of them: as many as the
-    largest share of `total` windows needs. A rank with fewer or no windows takes one empty text, weighted by nothing.
-    """
-    largest = ceil(total / world)
-    for chunk in windows.tensor_split(ceil(largest / most)):
-        if len(chunk):
-            yield chunk, 1.0
-        else:
-            yield windows.new_zeros(1, windows.shape[1]), 0.0
+    numbers: range
+    """None where this rank has no more, and others have: it takes one empty text, weighted by nothing."""
+    windows: Tensor
+
+    @property
+    def weight(self) -> float:
+        """Of its loss."""
+        return 1.0 if self.numbers else 0.0
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one rank takes of the numbered micro-batches of a step: every world-th, so that ranks differ by one at most."""
+
+    lmb: Micro
+    rank: int
+    world: int
+
+    @property
+    def numbers(self) -> range:
+        """Of its micro-batches."""
+        return range(self.rank, self.lmb.per_step, self.world)
+
+    @property
+    def sequences(self) -> int:
+        """How many it takes in a step."""
+        return len(self.numbers) * self.lmb.size
+
+    def passes(self, windows: Tensor, most: int) -> Iterator[Pass]:
+        """Cut the windows of its micro-batches into passes of at most `most` of them.
+
+        Every forward and backward gathers weights from all ranks, so all must make the same number of them: as many as
+        the largest share needs.
+        """
+        count, size = ceil(ceil(self.lmb.per_step / self.world) / most), self.lmb.size
+        ends = [len(self.numbers) * i // count for i in range(count + 1)]
+        for begin, end in pairwise(ends):
+            taken = windows[begin * size : end * size]
+            yield Pass(
+                self.numbers[begin:end], taken if begin < end else windows.new_zeros(1, windows.shape[1])
+            )
 
 
 def summed_loss(model: Llama, windows: Tensor) -> Tensor:
@@ -58,15 +93,15 @@ def summed_loss(model: Llama, windows: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1).float(), windows[:, 1:].flatten(), reduction="sum")
 
 
-def backward(model: Llama, windows: Tensor, micro_batch: int, batch: int) -> Tensor:
+def backward(model: Llama, windows: Tensor, share: Share, most: int) -> Tensor:
     """Gradients of the mean loss over the whole batch, summed over ranks. Returns this rank's part of that loss."""
     sharded = cast("FSDPModule", model)
-    share = [*micro_batches(windows, micro_batch or batch, batch, dist.get_world_size())]
+    passes = [*share.passes(windows, most)]
     loss = torch.zeros((), dtype=torch.float64, device=windows.device)
-    scale = 1.0 / (batch * (windows.shape[1] - 1))
-    for i, (chunk, weight) in enumerate(share):
-        sharded.set_requires_gradient_sync(i == len(share) - 1)
-        part = summed_loss(model, chunk) * (weight * scale)
+    scale = 1.0 / (share.lmb.batch * (windows.shape[1] - 1))
+    for i, one in enumerate(passes):
+        sharded.set_requires_gradient_sync(i == len(passes) - 1)
+        part = summed_loss(model, one.windows) * (one.weight * scale)
         torch.autograd.backward(part)
         loss += part.detach()
     return loss
