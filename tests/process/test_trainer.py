@@ -181,6 +181,14 @@ def test_passes_and_joined_layers_change_nothing(warm: Warm, undisturbed: Job, t
     assert_near(job.losses(), undisturbed.losses(), 1e-5)
 
 
+def test_dropout_drops_the_same_on_every_world(warm: Warm, tmp_path: Path) -> None:
+    dropped = {"train__steps": 40, "model__dropout": 0.1}
+    three, codes = warm.run(3, tiny(**dropped), tmp_path / "3")
+    assert codes == [0, 0, 0], three.text()
+    four, _ = warm.run(4, tiny(**dropped, train__at_once=2), tmp_path / "4")
+    assert_near(four.losses(), three.losses(), 1e-6)
+
+
 def test_the_same_run_twice_is_equal_to_the_bit(warm: Warm, undisturbed: Job, tmp_path: Path) -> None:
     job, _ = warm.run(2, tiny(), tmp_path)
     assert job.losses() == undisturbed.losses()

@@ -34,9 +34,13 @@ class ModelConfig:
     tied: bool = False
     """Input and output embedding are one matrix."""
     rope_theta: float = 10_000.0
+    dropout: float = 0.0
+    """Share of the activations that is dropped after the embedding, after attention and after each feed-forward layer."""
 
     def __post_init__(self) -> None:
         _at_least(1, self, "model", "dim", "layers", "heads", "context")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"model.dropout = {self.dropout}: wanted 0 <= dropout < 1")
         if self.dim % self.heads or (self.dim // self.heads) % 2:
             raise ConfigError(
                 f"model.heads = {self.heads}: model.dim = {self.dim} must be an even multiple of it "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from stormjib_checkpoint.errors import FormatError
@@ -14,7 +15,7 @@ from stormjib_health.integrity.votes import replicas_of
 from stormjib_health.wire import Doubt
 from stormjib_runtime import rank
 from stormjib_runtime.wire import EXIT_RESUME_FAILED, EXIT_ROLL_BACK, EXIT_STOPPED, RankPhase
-from stormjib_trainer import data, init, parallel, same_run
+from stormjib_trainer import data, dropout, init, parallel, same_run
 from stormjib_trainer.checkpoints import Checkpoints
 from stormjib_trainer.control import Control
 from stormjib_trainer.environment import age_s
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from stormjib_trainer.config import Config
     from stormjib_trainer.data import Corpus
     from stormjib_trainer.environment import Environment
-    from stormjib_trainer.step import Agreed
+    from stormjib_trainer.step import Agreed, Keys
 
 
 def train(config: Config, env: Environment) -> int:
@@ -160,7 +161,7 @@ class Run:
         """Forward, backward, and what all ranks make of the numbers. Raises CorruptedStep, RolledBack."""
         train = self.config.train
         self.watch.start()
-        loss = backward(self.model, windows, self.share, train.at_once or train.batch)
+        loss = backward(self.model, windows, self.share, train.at_once or train.batch, self.keys(step))
         gradients = self.optimizer.gradients()
         wishes = {
             "stop": self.control.stop(step),
@@ -181,6 +182,13 @@ class Run:
             raise CorruptedStep(_said(step, agreed, ruling))
         clip(gradients, agreed.grad_norm, self.config.optimizer.clip)
         return agreed, ruling.act
+
+    def keys(self, step: int) -> Keys | None:
+        """What dropout in this step draws from."""
+        if not self.config.model.dropout:
+            return None
+        seed, size = self.config.train.seed, self.config.train.micro_batch
+        return partial(dropout.keys, seed, step, size=size, device=self.device)
 
     def roll_back(self, step: int, ruling: Ruling) -> NoReturn:
         """Leave word for the next generation, and end."""
@@ -217,6 +225,7 @@ class Run:
             "trained_s": round(self.checkpoints.trained_s, 3),
             "lives": self.checkpoints.lives,
             "cursor": self.order.cursor(self.done),
+            "rng": {"kind": dropout.RNG, "seed": self.config.train.seed},
             "texts": self.text.fingerprints(),
             "context": self.text.context,
             "config": self.config.to_dict(),

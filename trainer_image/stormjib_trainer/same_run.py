@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 _KNOBS = {
     "cursor": "data.sources, train.batch, train.micro_batch and train.seed",
+    "rng": "train.seed (and the version of stormjib)",
     "texts": "what data.sources name (and the Python version, where that is stdlib)",
     "context": "model.context",
 }

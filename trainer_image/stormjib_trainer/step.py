@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from math import ceil
@@ -10,11 +11,11 @@ from typing import TYPE_CHECKING, cast
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch import Tensor
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from torch import Tensor
     from torch.distributed.fsdp import FSDPModule
 
     from stormjib_checkpoint.order import Micro
@@ -87,13 +88,17 @@ class Share:
             )
 
 
-def summed_loss(model: Llama, windows: Tensor) -> Tensor:
-    """Cross entropy in nats, summed over all bytes of these windows."""
-    logits = model(windows[:, :-1])
+Keys = Callable[[range], Tensor]
+"""The dropout keys of the sequences of some micro-batches."""
+
+
+def summed_loss(model: Llama, windows: Tensor, keys: Tensor | None = None) -> Tensor:
+    """Cross entropy in nats, summed over all bytes of these windows; with dropout where there are keys."""
+    logits = model(windows[:, :-1], keys)
     return F.cross_entropy(logits.flatten(0, 1).float(), windows[:, 1:].flatten(), reduction="sum")
 
 
-def backward(model: Llama, windows: Tensor, share: Share, most: int) -> Tensor:
+def backward(model: Llama, windows: Tensor, share: Share, most: int, keys: Keys | None = None) -> Tensor:
     """Gradients of the mean loss over the whole batch, summed over ranks. Returns this rank's part of that loss."""
     sharded = cast("FSDPModule", model)
     passes = [*share.passes(windows, most)]
@@ -101,7 +106,8 @@ def backward(model: Llama, windows: Tensor, share: Share, most: int) -> Tensor:
     scale = 1.0 / (share.lmb.batch * (windows.shape[1] - 1))
     for i, one in enumerate(passes):
         sharded.set_requires_gradient_sync(i == len(passes) - 1)
-        part = summed_loss(model, one.windows) * (one.weight * scale)
+        drawn = keys(one.numbers) if keys else None
+        part = summed_loss(model, one.windows, drawn) * (one.weight * scale)
         torch.autograd.backward(part)
         loss += part.detach()
     return loss

@@ -71,6 +71,7 @@ def test_a_configuration_cannot_be_changed() -> None:
         ("train.device=gpu", "wanted one of auto, cpu, cuda"),
         ("model.heads=5", "model.heads = 5"),
         ("model.heads=64", "even multiple"),
+        ("model.dropout=1", "model.dropout = 1.0: wanted 0 <= dropout < 1"),
         ("optimizer.lr=0", "optimizer.lr = 0.0; wanted more than 0"),
         ("optimizer.final_lr=1", "optimizer.final_lr = 1.0 is above"),
         ("optimizer.beta2=1", "optimizer.beta2"),

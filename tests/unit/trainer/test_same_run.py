@@ -16,7 +16,7 @@ STEP = 9
 def record(cursor: dict[str, Any] | None = None, **changes: object) -> dict[str, object]:
     order = Order((Source("code", 40, 7), Source("prose", 9, 3)), Micro(2, 6), 5)
     own = {"step": STEP, "cursor": cursor or order.cursor(STEP), "texts": {"code": "ab"}, "context": 64}
-    return own | changes
+    return own | {"rng": {"kind": "splitmix64-16", "seed": 5}} | changes
 
 
 def test_its_own_is_taken() -> None:
@@ -30,6 +30,7 @@ def test_its_own_is_taken() -> None:
         (record(Order((Source("code", 49),), Micro(2, 6), 5).cursor(STEP)), "keep data.sources, train.batch"),
         (record(Order((Source("code", 40, 7), Source("prose", 9, 3)), Micro(3, 4), 5).cursor(STEP)), "lmb"),
         (record(texts={"code": "cd"}), "keep what data.sources name"),
+        (record(rng={"kind": "philox", "seed": 5}), "keep train.seed"),
         (record(context=32), "keep model.context"),
     ],
 )
