@@ -25,7 +25,8 @@ from stormjib_trainer import init, parallel
 from stormjib_trainer.config import Config
 from stormjib_trainer.model import Llama
 from stormjib_trainer.optimizer import Optimizer
-from stormjib_trainer.step import Share, agree, backward
+from stormjib_trainer.reduction import Fast
+from stormjib_trainer.step import Share, agree
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -118,11 +119,12 @@ def demo(switch: Switch, rank: int, number: int) -> Times:
     optimizer = Optimizer(model, config.optimizer, config.train.steps)
     share = Share(config.train.lmb, rank, dist.get_world_size())
     windows = torch.randint(0, 256, (share.sequences, config.model.context + 1))
+    reduction = Fast(model, share, config.train.batch)
     done = iter(range(1, 1 << 30))
 
     def step() -> None:
-        loss = backward(model, windows, share, config.train.batch)
-        agree(loss, optimizer.gradients(), stop=False, save=False, hold=False, busy=True)
+        numbers = reduction.numbers(reduction.backward(windows, None), optimizer.gradients())
+        agree(numbers, reduction.read, stop=False, save=False, hold=False, busy=True)
         optimizer.apply(next(done))
 
     return _pairs(switch, step, number)

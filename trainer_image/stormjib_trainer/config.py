@@ -117,7 +117,11 @@ class TrainConfig:
     changes with the number of ranks, only which rank takes it. There can be no more ranks than micro-batches."""
     at_once: int = 0
     """Most micro-batches that a rank takes through the model at once; 0 is all of its share. It bounds memory when the
-    job shrinks: the share grows, this does not."""
+    job shrinks: the share grows, this does not. In exact mode each goes alone."""
+    reduce: Literal["fast", "exact"] = "fast"
+    """`exact`: weights are the same to the bit on every number of ranks (on CPUs of one kind, with as many threads for a
+    rank). It costs a reduction for each pass instead of each step, and passes of one micro-batch: choose micro_batch as
+    large as the largest number of ranks allows."""
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -131,6 +135,11 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _at_least(1, self, "train", "steps", "batch", "micro_batch", "unit")
         _at_least(0, self, "train", "at_once", "seed", "threads")
+        if self.reduce == "exact" and self.at_once:
+            raise ConfigError(
+                f"train.at_once = {self.at_once} with train.reduce = exact, where each micro-batch goes alone: leave it out, "
+                "and set train.micro_batch"
+            )
         if self.batch % self.micro_batch:
             raise ConfigError(
                 f"train.micro_batch = {self.micro_batch} does not divide train.batch = {self.batch}: every step must have "
@@ -192,6 +201,11 @@ class Config:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
 
     def __post_init__(self) -> None:
+        if self.train.reduce == "exact" and self.parallel.replicate > 1:
+            raise ConfigError(
+                f"parallel.replicate = {self.parallel.replicate} with train.reduce = exact, which needs all ranks in one sum: "
+                "set it to 1"
+            )
         if self.optimizer.warmup >= self.train.steps:
             raise ConfigError(
                 f"optimizer.warmup = {self.optimizer.warmup} leaves nothing of train.steps = {self.train.steps}"

@@ -19,11 +19,14 @@ from stormjib_health.probe.numbers import DIGEST_HALVES, Digests, LocalNorm, hal
 from stormjib_trainer.step import Share
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor, nn
 
     from stormjib_checkpoint.format import DoubtFile
     from stormjib_checkpoint.order import Micro
     from stormjib_health.integrity.judge import Ruling
+    from stormjib_health.probe.numbers import ReduceScatter
     from stormjib_trainer.environment import Environment
     from stormjib_trainer.step import Agreed
 
@@ -57,10 +60,12 @@ class Watch:
         self._recorded: dict[int, str] = {}
         self._judge: Judge | None = None
 
-    def attach(self, model: nn.Module, tensors: list[Tensor]) -> None:
-        """Stand at the entrance of the model's reductions, and read `tensors`, the state that every step changes."""
+    def attach(
+        self, model: nn.Module, folds: Mapping[nn.Module, ReduceScatter], tensors: list[Tensor]
+    ) -> None:
+        """Stand at the entrance of the model's reductions, which are in `folds` or FSDP2's own, and read `tensors`, the state that every step changes."""
         if self._norm is not None:
-            self._norm.attach(model)
+            self._norm.attach(model, folds)
         if self._env.integrity.digests and self._replicas > 1:
             self._digests = Digests(tensors)
 

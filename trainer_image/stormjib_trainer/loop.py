@@ -26,11 +26,13 @@ from stormjib_trainer.errors import (
     ResumeFailed,
     RolledBack,
 )
+from stormjib_trainer.exact import Exact
 from stormjib_trainer.integrity import Watch
 from stormjib_trainer.model import Llama
 from stormjib_trainer.optimizer import Optimizer
+from stormjib_trainer.reduction import Fast
 from stormjib_trainer.report import Reporter
-from stormjib_trainer.step import Share, agree, backward, clip
+from stormjib_trainer.step import Share, agree, clip
 from stormjib_trainer.validate import validate
 
 if TYPE_CHECKING:
@@ -43,7 +45,8 @@ if TYPE_CHECKING:
     from stormjib_trainer.config import Config
     from stormjib_trainer.data import Corpus
     from stormjib_trainer.environment import Environment
-    from stormjib_trainer.step import Agreed, Keys
+    from stormjib_trainer.reduction import Keys, Reduction
+    from stormjib_trainer.step import Agreed
 
 
 def train(config: Config, env: Environment) -> int:
@@ -89,9 +92,11 @@ class Run:
         self.model.to(self.device)
         self.replicas = replicas_of(env.world, config.parallel.replicate)
         parallel.shard(self.model, self.device, config.train, self.replicas)
-        self.optimizer = Optimizer(self.model, config.optimizer, config.train.steps)
+        exact = config.train.reduce == "exact"
+        self.optimizer = Optimizer(self.model, config.optimizer, config.train.steps, exact=exact)
+        self.reduction = self.reduced()
         self.watch = Watch(env, config.train.lmb, self.replicas, self.device)
-        self.watch.attach(self.model, self.optimizer.tensors())
+        self.watch.attach(self.model, self.reduction.folds, self.optimizer.tensors())
         weights: dict[str, Value] = {f"model.{name}": p for name, p in self.model.named_parameters()}
         self.state = weights | self.optimizer.state()
         """All tensors of a checkpoint, sharded; they share memory with model and optimizer, so it never changes."""
@@ -99,6 +104,13 @@ class Run:
         self.done = 0
         self.fed: dict[int, Sequence[int]] = {}
         """step -> sample ids that this rank fed to the model, since the last save."""
+
+    def reduced(self) -> Reduction:
+        """How gradients are summed."""
+        train = self.config.train
+        if train.reduce == "exact":
+            return Exact(self.model, self.share)
+        return Fast(self.model, self.share, train.at_once or train.batch, self.replicas)
 
     def resume(self, met_s: float) -> None:
         """Go on from the checkpoint that this generation resumes from, where there is one. Tells how the start went:
@@ -159,10 +171,10 @@ class Run:
 
     def attempt(self, step: int, windows: Tensor, *, again: bool = False) -> tuple[Agreed, Act]:
         """Forward, backward, and what all ranks make of the numbers. Raises CorruptedStep, RolledBack."""
-        train = self.config.train
         self.watch.start()
-        loss = backward(self.model, windows, self.share, train.at_once or train.batch, self.keys(step))
+        loss = self.reduction.backward(windows, self.keys(step))
         gradients = self.optimizer.gradients()
+        numbers = self.reduction.numbers(loss, gradients)
         wishes = {
             "stop": self.control.stop(step),
             "save": self.control.save(step),
@@ -170,7 +182,7 @@ class Run:
             "busy": not self.checkpoints.can_stage(),
         }
         told = self.watch.told(step, again=again)
-        agreed = agree(loss, gradients, replicas=self.replicas, told=told, **wishes)
+        agreed = agree(numbers, self.reduction.read, told=told, **wishes)
         ruling = self.watch.rule(step, agreed)
         for finding in ruling.findings:
             probe.tell(finding)

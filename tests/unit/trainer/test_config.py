@@ -62,6 +62,7 @@ def test_a_configuration_cannot_be_changed() -> None:
         ("train.micro_batch=0", "train.micro_batch = 0; wanted at least 1"),
         ("train.micro_batch=5", "train.micro_batch = 5 does not divide train.batch = 32"),
         ("train.at_once=-1", "train.at_once"),
+        ("train.reduce=slow", "train.reduce = 'slow'; wanted one of fast, exact"),
         ("data.sources.a.weight=0", "data.sources.a.weight = 0; wanted at least 1"),
         ("data.sources.a.kind=text", "unknown key data.sources.a.kind"),
         ("data.sources=stdlib", "data.sources is 'stdlib'; wanted sections"),
@@ -111,3 +112,10 @@ def test_more_ranks_than_micro_batches_are_refused() -> None:
         ConfigError, match=r"12 is 4 micro-batches of train\.micro_batch = 3, fewer than the 5 ranks"
     ):
         config.check_world(5)
+
+
+@pytest.mark.parametrize("override", ["train.at_once=2", "parallel.replicate=2"])
+def test_what_exact_mode_cannot_do_is_refused(override: str) -> None:
+    load(None, [override])
+    with pytest.raises(ConfigError, match=r"with train\.reduce = exact"):
+        load(None, [override, "train.reduce=exact"])

@@ -132,6 +132,17 @@ def test_ranks_make_equally_many_passes_and_lose_no_window(
     assert fed == {n: windows.flatten().tolist()[n * size : (n + 1) * size] for n in range(total)}
 
 
+@given(total=st.integers(1, 60), world=st.integers(1, 20))
+def test_passes_of_one_go_through_a_step_in_the_order_of_its_micro_batches(total: int, world: int) -> None:
+    """What exact mode sums in one pass are neighbours, and ranks that have none are the last."""
+    windows = torch.zeros(total, 1)
+    ranks = [Share(Micro(1, total), rank, world) for rank in range(world)]
+    passes = [[*share.passes(windows[: share.sequences], 1)] for share in ranks]
+    taken = [[*one.numbers] for together in zip(*passes, strict=True) for one in together]
+    assert [numbers for numbers in taken if numbers] == [[n] for n in range(total)]
+    assert all(taken[:total])
+
+
 def test_a_bad_command_line_says_what_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--set", "train.step=4"]) == EXIT_USAGE
     assert "did you mean train.steps?" in capsys.readouterr().err
