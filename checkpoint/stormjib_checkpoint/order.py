@@ -26,6 +26,8 @@ ROUNDS = 8
 PERMUTATION = f"feistel-{ROUNDS}"
 MOST_WEIGHT = 4096
 """Of all sources together: a block is walked once, to know what it draws."""
+MOST_BATCH = 1 << 24
+"""That is believed of a stored cursor: whoever audits it lists the samples of a step."""
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 _MIXTURE = 1 << 32
@@ -128,7 +130,7 @@ class Order:
     def at(self, position: int) -> int:
         """The sample id of a position."""
         block, slot = divmod(position, sum(self.weights))
-        which, nth = _block(self.weights, self.seed, block)[slot]
+        which, nth = self._block(block)[slot]
         source = self.sources[which]
         epoch, index = divmod(block * self.weights[which] + nth, source.n)
         permutation = _permutation(source.n, self.seed ^ mix(which), epoch)
@@ -142,8 +144,11 @@ class Order:
     def taken(self, position: int) -> tuple[int, ...]:
         """How often each source is drawn from before a position."""
         block, rest = divmod(position, sum(self.weights))
-        begun = [which for which, _ in _block(self.weights, self.seed, block)[:rest]]
+        begun = [which for which, _ in self._block(block)[:rest]]
         return tuple(block * weight + begun.count(which) for which, weight in enumerate(self.weights))
+
+    def _block(self, block: int) -> tuple[tuple[int, int], ...]:
+        return _block(self.weights, self.seed, block) if len(self.weights) > 1 else _ALONE
 
     def cursor(self, step: int) -> dict[str, Json]:
         """Where the stream stands after step `step`, for a checkpoint."""
@@ -171,6 +176,10 @@ class Order:
                 f"this version of stormjib reads {VERSION} and {PERMUTATION} only"
             )
         read = build(_Cursor, cursor, f"the cursor of step {step}")
+        if read.lmb.batch > MOST_BATCH:
+            raise FormatError(
+                f"the cursor of step {step} has {read.lmb}: more than {MOST_BATCH} samples in a step"
+            )
         sources = tuple(Source(each.name, each.n, each.weight) for each in read.sources)
         order = Order(sources, read.lmb, read.seed)
         if order.cursor(step) != cursor:
@@ -199,6 +208,10 @@ class _Cursor:
 @lru_cache(maxsize=64)
 def _permutation(n: int, seed: int, epoch: int) -> Permutation:
     return Permutation.of(n, seed, epoch)
+
+
+_ALONE = ((0, 0),)
+"""The block of a source that is not mixed."""
 
 
 @lru_cache(maxsize=4)

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from stormjib_checkpoint.order import Micro
+from stormjib_checkpoint.records import MAX_INTEGER
 from stormjib_trainer.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -119,9 +120,8 @@ class TrainConfig:
     """Most micro-batches that a rank takes through the model at once; 0 is all of its share. It bounds memory when the
     job shrinks: the share grows, this does not. In exact mode each goes alone."""
     reduce: Literal["fast", "exact"] = "fast"
-    """`exact`: weights are the same to the bit on every number of ranks (on CPUs of one kind, with as many threads for a
-    rank). It costs a reduction for each pass instead of each step, and passes of one micro-batch: choose micro_batch as
-    large as the largest number of ranks allows."""
+    """`exact`: the same bits on every number of ranks (on CPUs of one kind, with as many threads for a rank), for a reduction
+    in each pass, and passes of one micro-batch: choose micro_batch as large as the largest number of ranks allows."""
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -135,6 +135,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _at_least(1, self, "train", "steps", "batch", "micro_batch", "unit")
         _at_least(0, self, "train", "at_once", "seed", "threads")
+        if self.seed > MAX_INTEGER:
+            raise ConfigError(
+                f"train.seed = {self.seed}; wanted at most {MAX_INTEGER}: no checkpoint could hold it"
+            )
         if self.reduce == "exact" and self.at_once:
             raise ConfigError(
                 f"train.at_once = {self.at_once} with train.reduce = exact, where each micro-batch goes alone: leave it out, "
@@ -142,8 +146,7 @@ class TrainConfig:
             )
         if self.batch % self.micro_batch:
             raise ConfigError(
-                f"train.micro_batch = {self.micro_batch} does not divide train.batch = {self.batch}: every step must have "
-                "the same number of equal micro-batches"
+                f"train.micro_batch = {self.micro_batch} does not divide train.batch = {self.batch}"
             )
         if self.precision == "bf16" and self.device == "cpu":
             raise ConfigError("train.precision = bf16 needs train.device = cuda: CPUs gain nothing from it")

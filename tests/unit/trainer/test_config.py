@@ -69,6 +69,7 @@ def test_a_configuration_cannot_be_changed() -> None:
         ("data.sources.a=stdlib", "data.sources.a is 'stdlib'; wanted a section with path, weight"),
         ("data.sources={}", "data.sources is empty"),
         ("data..a=1", "section.key=value"),
+        (f"train.seed={2**63}", "no checkpoint could hold it"),
         ("train.device=gpu", "wanted one of auto, cpu, cuda"),
         ("model.heads=5", "model.heads = 5"),
         ("model.heads=64", "even multiple"),
