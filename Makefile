@@ -62,6 +62,7 @@ bench: setup      ## every benchmark, tables on the terminal
 	$(PY) -m bench.health_engine --quick
 	$(PY) -m bench.health_integrity --quick
 	$(PY) -m bench.coordinator --quick
+	$(PY) -m bench.exact --quick
 	$(PY) -m bench.isolation --quick
 	$(PY) -m bench.bursts --quick
 	$(PY) -m bench.checkpoint --quick

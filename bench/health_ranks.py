@@ -25,7 +25,8 @@ from stormjib_trainer import init, parallel
 from stormjib_trainer.config import Config
 from stormjib_trainer.model import Llama
 from stormjib_trainer.optimizer import Optimizer
-from stormjib_trainer.step import agree, backward
+from stormjib_trainer.reduction import Fast
+from stormjib_trainer.step import Share, agree
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -116,13 +117,14 @@ def demo(switch: Switch, rank: int, number: int) -> Times:
     init.fill(model, 0, config.model.layers)
     parallel.shard(model, torch.device("cpu"), config.train)
     optimizer = Optimizer(model, config.optimizer, config.train.steps)
-    share = config.train.batch // dist.get_world_size()
-    windows = torch.randint(0, 256, (share, config.model.context + 1))
+    share = Share(config.train.lmb, rank, dist.get_world_size())
+    windows = torch.randint(0, 256, (share.sequences, config.model.context + 1))
+    reduction = Fast(model, share, config.train.batch)
     done = iter(range(1, 1 << 30))
 
     def step() -> None:
-        loss = backward(model, windows, config.train.micro_batch, config.train.batch)
-        agree(loss, optimizer.gradients(), stop=False, save=False, hold=False, busy=True)
+        numbers = reduction.numbers(reduction.backward(windows, None), optimizer.gradients())
+        agree(numbers, reduction.read, stop=False, save=False, hold=False, busy=True)
         optimizer.apply(next(done))
 
     return _pairs(switch, step, number)

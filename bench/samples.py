@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from stormjib_checkpoint.ledger import audit as read_ledger
+from stormjib_checkpoint.order import Order, Source
 from stormjib_checkpoint.storage import Local
 from stormjib_trainer.config import Config
-from stormjib_trainer.order import Order
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -42,7 +42,7 @@ def audit(scene: Scene) -> Samples:
     """Compare the ledger of the job, along the history of its highest generation, with the plan for those steps."""
     config = Config()
     started = next(record for _, record in events(scene.follower.lines, "start"))
-    order = Order(started["samples"], config.train.batch, config.train.seed)
+    order = Order((Source("text", started["samples"]),), config.train.lmb, config.train.seed)
     found = read_ledger(Local(root(scene)))
     differences = found.differences(order.ids)
     return Samples(

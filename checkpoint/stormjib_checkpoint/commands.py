@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -24,12 +25,15 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from stormjib_checkpoint.format import ResumePoint
+    from stormjib_checkpoint.ledger import Difference
     from stormjib_checkpoint.storage import Storage
 
 app = typer.Typer(
     no_args_is_help=True,
     help="Checkpoints of a job: look, prove, audit, finish, delete, compare, bring out and in.",
 )
+TOLD = 20
+"""Steps or samples that are told of in a text."""
 Keep = Annotated[int, typer.Option(min=2, help="Committed steps to keep.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be deleted.")]
 
@@ -153,17 +157,25 @@ def gc(root: Root, keep: Keep = 2, dry_run: DryRun = False, json: AsJson = False
 
 @app.command()
 def audit(root: Root, json: AsJson = False) -> None:
-    """Count the samples along the history of the highest generation. Exit code 1 where steps are missing or damaged."""
+    """Prove the samples along the history of the highest generation: none lost, none twice, over all numbers of ranks. Exit code 1
+    where steps are missing, damaged, or not as the cursor of the newest committed step says."""
     with _told():
         found = read_audit(_storage(root))
-    fed = sum(len(found.ids(step)) for step in found.steps)
-    gaps, twice = found.gaps(), found.twice()
-    counts = {"steps": len(found.steps), "last": found.last, "samples": fed, "twice": len(twice)}
+    gaps, unplanned = found.gaps(), found.unplanned()
+    counts = {
+        "steps": len(found.steps),
+        "last": found.last,
+        "samples": sum(len(found.ids(step)) for step in found.steps),
+        "twice": len(found.twice()),
+        "reshapes": found.reshapes(),
+        "planned": found.order is not None,
+    }
     if json:
-        _json({**counts, "gaps": list(gaps), "problems": list(found.problems)})
+        wrong = [asdict(difference) for difference in unplanned]
+        _json({**counts, "gaps": gaps, "unplanned": wrong, "problems": list(found.problems)})
     else:
-        _print_audit(counts, [*found.problems, *_told_gaps(gaps)])
-    if gaps or found.problems:
+        _print_audit(counts, [*found.problems, *_told_gaps(gaps), *map(_told_difference, unplanned[:TOLD])])
+    if gaps or unplanned or found.problems:
         raise typer.Exit(1)
 
 
@@ -181,16 +193,29 @@ def _row(
     return row | {"world": manifest.world, "bytes": sum(manifest.data.values()), "state": state}
 
 
-def _print_audit(counts: Mapping[str, object], problems: Iterable[str]) -> None:
+def _print_audit(counts: Mapping[str, object], problems: Sequence[str]) -> None:
     _out.print(
-        f"{counts['steps']} steps up to {counts['last']}, {counts['samples']} samples, {counts['twice']} of them more than once"
+        f"{counts['steps']} steps up to {counts['last']}, {counts['samples']} samples, {counts['twice']} of them more than once, "
+        f"{counts['reshapes']} changes of the number of ranks"
     )
     for problem in problems:
         _out.print(problem, markup=False)
+    if not counts["planned"]:
+        _out.print("no cursor says what should have been fed: counted, not proved")
+    elif not problems:
+        _out.print("every step was fed what its cursor says: none lost, none twice")
 
 
 def _told_gaps(gaps: Sequence[int]) -> list[str]:
-    return [f"no samples written down for steps {gaps[:20]}"] if gaps else []
+    return [f"no samples written down for steps {gaps[:TOLD]}"] if gaps else []
+
+
+def _told_difference(difference: Difference) -> str:
+    missing, extra = difference.missing, difference.extra
+    return (
+        f"step {difference.step}: {len(missing)} samples missing {list(missing[:TOLD])}, "
+        f"{len(extra)} too many {list(extra[:TOLD])}"
+    )
 
 
 def _flaws(storage: Storage, point: ResumePoint) -> dict[str, str]:

@@ -1,4 +1,5 @@
-"""The ledger: which sample ids each rank fed to the model in each step, kept for ever, and its audit.
+"""The ledger: which sample ids each rank fed to the model in each step, kept for ever, and its audit: what the ranks say that
+they fed, beside what the order in the cursors of committed steps says they should have.
 
 A segment `ledger/g2.7/00001101-00001200.jsonl` is written before the manifest of step 1200, which holds its digest.
 """
@@ -8,16 +9,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from stormjib_checkpoint import layout
-from stormjib_checkpoint.errors import FormatError, NotThere
+from stormjib_checkpoint.errors import DamagedCheckpoint, FormatError, MissingCheckpoint, NotThere
 from stormjib_checkpoint.format import MAX_SMALL_FILE, LedgerLine, LedgerRef
 from stormjib_checkpoint.history import Span, committed, generations, history
+from stormjib_checkpoint.order import Order
 from stormjib_checkpoint.records import build, canonical, parse, plain, sha256
 from stormjib_checkpoint.step import CommittedStep
 
 if TYPE_CHECKING:
+    from stormjib_checkpoint.format import ResumePoint
     from stormjib_checkpoint.layout import GenerationId
     from stormjib_checkpoint.storage import Storage
 
@@ -54,7 +58,9 @@ class Audit:
     steps: Mapping[int, tuple[tuple[int, ...], ...]]
     """step -> ids by rank."""
     problems: tuple[str, ...]
-    """Segments that are damaged or contradict each other."""
+    """Segments and cursors that are damaged or contradict each other."""
+    order: Order | None = None
+    """What the samples of each step should be, as the newest committed step says; None where no cursor of ours says it."""
 
     def ids(self, step: int) -> list[int]:
         """The sample ids of a step, sorted."""
@@ -71,6 +77,15 @@ class Audit:
             for step in range(first, self.last + 1)
         )
         return [difference for difference in found if difference is not None]
+
+    def unplanned(self) -> list[Difference]:
+        """Each step from the first whose samples are not those of `order`; none where there is no order. No difference proves
+        that the union has no gap and no sample twice, because the order has none."""
+        return self.differences(self.order.ids) if self.order is not None else []
+
+    def reshapes(self) -> int:
+        """How often the number of ranks changed from one step to the next."""
+        return sum(len(a) != len(b) for a, b in pairwise(self.steps.values()))
 
     def twice(self) -> list[int]:
         """Ids that were fed more than once over the whole history. For plans that never repeat one."""
@@ -98,7 +113,26 @@ def audit(storage: Storage) -> Audit:
     for span in history(storage, known[-1]):
         upto = last if span.upto is None else min(span.upto, last)
         _read_span(storage, Span(span.generation, span.above, upto), digests, steps, problems)
-    return Audit(last, dict(sorted(steps.items())), tuple(problems))
+    order = _order(storage, points, problems)
+    return Audit(last, dict(sorted(steps.items())), tuple(problems), order)
+
+
+def _order(storage: Storage, points: Iterable[ResumePoint], problems: list[str]) -> Order | None:
+    """The order in the cursors of these steps, newest first: the same in all of them, or it is a problem."""
+    newest: tuple[int, Order] | None = None
+    for point in points:
+        try:
+            cursor = CommittedStep(storage, point).train().train.get("cursor")
+            if not (isinstance(cursor, dict) and "perm" in cursor):
+                continue  # a script's own, or none
+            order = Order.of_cursor(cursor, point.step)
+        except (DamagedCheckpoint, FormatError, MissingCheckpoint) as error:
+            problems.append(str(error))
+            continue
+        newest = newest or (point.step, order)
+        if newest[1] != order:
+            problems.append(f"step {point.step} was fed by {order}, step {newest[0]} by {newest[1]}")
+    return newest[1] if newest is not None else None
 
 
 def _digests(storage: Storage, points: Iterable[tuple[int, str, str]]) -> dict[str, str]:

@@ -42,7 +42,7 @@ def fsdp(rank: int, world: int, shape: tuple[int, ...], micros: int) -> None:
     fully_shard(model[0], mesh=mesh)  # type: ignore[index]
     sharded = fully_shard(model, mesh=mesh)
     norm = LocalNorm(CPU)
-    norm.attach(model)
+    norm.attach(model, {})
     for _ in range(2):
         norm.start()
         for micro in range(micros):

@@ -171,8 +171,12 @@ def test_shards_have_votes_of_their_own(warm: Warm, tmp_path: Path) -> None:
 def test_healthy_replicas_are_never_voted_against(
     warm: Warm, world: int, replicate: int, tmp_path: Path
 ) -> None:
+    """Three sequences of a rank may have a gradient far from the others': then the step is done again, and agrees."""
     job = ended(warm, Fault(99, 0, "weight"), tmp_path, [0] * world, tiny(replicate, 200))
-    assert findings(job) == []
+    kinds = [(kind, step) for kind, step, _ in findings(job)]
+    far = [step for kind, step in kinds if kind == "Norm"]
+    assert kinds == [(kind, step) for step in far for kind in ("Norm", "ReplayAgrees")]
+    assert len(far) <= 2
     assert max(job.losses()) == 200
 
 

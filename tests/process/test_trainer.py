@@ -9,59 +9,38 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from fakes.ranks import Job, Warm
-from stormjib_checkpoint.commit import commit_step
+from fakes.tiny_jobs import BATCH, Agent, assert_near, assert_planned, tiny, warm_trainer
 from stormjib_checkpoint.history import committed
-from stormjib_checkpoint.ledger import audit
-from stormjib_checkpoint.opening import open_generation
+from stormjib_checkpoint.order import Micro, Order
 from stormjib_checkpoint.storage import Local
-from stormjib_runtime import codec
-from stormjib_runtime.page import Page
 from stormjib_runtime.wire import (
     EXIT_RESUME_FAILED,
     EXIT_STOPPED,
     Env,
-    GenerationId,
     RankPhase,
-    ResumePoint,
 )
 from stormjib_trainer import data
-from stormjib_trainer.order import Order
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-BATCH = 13  # divides by no world size
+    from fakes.ranks import Job, Warm
+
 UNIGRAM = 3.15  # nats per byte of the standard library's source, knowing only how often each byte comes
-TINY = {
-    "model.dim": 32,
-    "model.heads": 2,
-    "model.context": 32,
-    "train.batch": BATCH,
-    "train.unit": 1,  # every block on its own, as a large model has it
-    "train.steps": 20,
-    "optimizer.warmup": 5,
-    "validation.sequences": 64,
-}
-
-
-def tiny(**changes: object) -> list[str]:
-    """Arguments of a tiny run; `train__steps=3` changes train.steps."""
-    settings = TINY | {name.replace("__", "."): value for name, value in changes.items()}
-    return [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
 
 
 @pytest.fixture(scope="module")
 def warm() -> Iterator[Warm]:
-    process = Warm("stormjib_trainer", ["torch.distributed.fsdp", "torch._dynamo", "stormjib_trainer.loop"])
+    process = warm_trainer()
     yield process
     process.close()
 
 
 @pytest.fixture(scope="module")
 def order() -> Order:
-    return Order(data.load("stdlib", context=32).samples, BATCH, seed=0)
+    text = data.load({"text": "stdlib"}, context=32)
+    return Order(text.sources({"text": 1}), Micro(1, BATCH), seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -70,54 +49,6 @@ def undisturbed(warm: Warm, tmp_path_factory: pytest.TempPathFactory) -> Job:
     job, codes = warm.run(2, tiny(), tmp_path_factory.mktemp("undisturbed"))
     assert codes == [0, 0], job.text()
     return job
-
-
-class Agent:
-    """What an agent does for the ranks of one generation: opens it, makes pages, commits."""
-
-    def __init__(self, folder: Path, number: int, world: int, refused: tuple[str, ...] = ()) -> None:
-        self.storage = Local(folder / "storage")
-        self.id, self.world = GenerationId(1, number), world
-        self.folder = folder / f"g{self.id}"
-        self.folder.mkdir()
-        self.pages = [Page.create(self.folder / str(rank), self.id) for rank in range(world)]
-        self.resume = open_generation(self.storage, str(self.id), "a-uid", refused).resume
-
-    def env(self, interval: int = 0) -> dict[str, str]:
-        point = self.resume and ResumePoint(
-            self.resume.step, GenerationId.parse(self.resume.generation), self.resume.digest
-        )
-        return {
-            Env.GENERATION: str(self.id),
-            Env.RESUME: codec.encode(point).decode() if point else "",
-            Env.PAGE_DIR: str(self.folder),
-            Env.CHECKPOINT_ROOT: self.storage.root,
-            Env.CHECKPOINT_INTERVAL: str(interval),
-        }
-
-    def commit(self, step: int) -> None:
-        commit_step(self.storage, str(self.id), self.world, step)
-
-    def close(self) -> None:
-        for page in self.pages:
-            page.close()
-
-
-def assert_planned(storage: Local, order: Order, last: int) -> None:
-    """The ledger holds what the plan says for every step: no sample lost, none twice."""
-    found = audit(storage)
-    assert found.last == last
-    assert set(found.steps) == set(range(1, last + 1))
-    assert not found.problems
-    assert not found.gaps()
-    assert not found.twice()
-    assert not found.differences(order.ids)
-
-
-def assert_near(found: dict[int, float], wanted: dict[int, float], relative: float) -> None:
-    assert found.keys() == wanted.keys()
-    for step, loss in found.items():
-        assert loss == pytest.approx(wanted[step], rel=relative), step
 
 
 LONG = {"train__steps": 200, "optimizer__warmup": 50, "train__unit": 10**9}
@@ -167,18 +98,24 @@ def test_replicas_are_saved_once_and_resumed_on_any_layout(
     assert_planned(Local(tmp_path / "storage"), order, last=20)
 
 
-def test_ranks_without_a_sequence_take_part(warm: Warm, tmp_path: Path) -> None:
-    arguments = tiny(train__batch=2, train__micro_batch=1)
-    one, _ = warm.run(1, arguments, tmp_path / "1")
-    three, codes = warm.run(3, arguments, tmp_path / "3")
-    assert codes == [0, 0, 0], three.text()
-    assert_near(three.losses(), one.losses(), 1e-5)
+def test_more_ranks_than_micro_batches_are_refused(warm: Warm, tmp_path: Path) -> None:
+    job, codes = warm.run(3, tiny(train__batch=4, train__micro_batch=2), tmp_path)
+    assert codes == [2, 2, 2]
+    assert "2 micro-batches of train.micro_batch = 2, fewer than the 3 ranks" in job.text()
 
 
-def test_micro_batches_and_joined_layers_change_nothing(warm: Warm, undisturbed: Job, tmp_path: Path) -> None:
-    job, codes = warm.run(2, tiny(train__micro_batch=2, train__unit=10**9), tmp_path)
+def test_passes_and_joined_layers_change_nothing(warm: Warm, undisturbed: Job, tmp_path: Path) -> None:
+    job, codes = warm.run(2, tiny(train__at_once=2, train__unit=10**9), tmp_path)
     assert codes == [0, 0], job.text()
     assert_near(job.losses(), undisturbed.losses(), 1e-5)
+
+
+def test_dropout_drops_the_same_on_every_world(warm: Warm, tmp_path: Path) -> None:
+    dropped = {"train__steps": 40, "model__dropout": 0.1}
+    three, codes = warm.run(3, tiny(**dropped), tmp_path / "3")
+    assert codes == [0, 0, 0], three.text()
+    four, _ = warm.run(4, tiny(**dropped, train__at_once=2), tmp_path / "4")
+    assert_near(four.losses(), three.losses(), 1e-6)
 
 
 def test_the_same_run_twice_is_equal_to_the_bit(warm: Warm, undisturbed: Job, tmp_path: Path) -> None:

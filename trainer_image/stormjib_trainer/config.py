@@ -1,7 +1,7 @@
 """The configuration of a run: frozen records, read from TOML and `--set section.key=value`, strict.
 
-Nothing here depends on the number of ranks: `train.batch` is the batch of the whole job, so that the same file gives
-the same training on one rank and on forty. What a rank is comes from its environment (`environment`).
+Nothing here depends on the number of ranks: `train.batch` is the batch of the whole job, cut into micro-batches that stay
+what they are, so that the same file gives the same training on one rank and on forty. What a rank is comes from its environment (`environment`).
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import typing
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from stormjib_checkpoint.order import Micro
+from stormjib_checkpoint.records import MAX_INTEGER
 from stormjib_trainer.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -33,9 +35,13 @@ class ModelConfig:
     tied: bool = False
     """Input and output embedding are one matrix."""
     rope_theta: float = 10_000.0
+    dropout: float = 0.0
+    """Share of the activations that is dropped after the embedding, after attention and after each feed-forward layer."""
 
     def __post_init__(self) -> None:
         _at_least(1, self, "model", "dim", "layers", "heads", "context")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"model.dropout = {self.dropout}: wanted 0 <= dropout < 1")
         if self.dim % self.heads or (self.dim // self.heads) % 2:
             raise ConfigError(
                 f"model.heads = {self.heads}: model.dim = {self.dim} must be an even multiple of it "
@@ -49,11 +55,27 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class SourceConfig:
+    """One text of a mixture."""
+
+    path: str = "stdlib"
+    """`stdlib` is the source of the Python standard library, there wherever Python is; else a file or a folder."""
+    weight: int = 1
+    """Of all sequences, this source has `weight` in as many as the weights of all sources sum to."""
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Where the text comes from."""
 
-    source: str = "stdlib"
-    """`stdlib` is the source of the Python standard library, there wherever Python is; else a file or a folder."""
+    sources: dict[str, SourceConfig] = field(default_factory=lambda: {"text": SourceConfig()})
+    """By name. Whoever names one names all of them."""
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise ConfigError("data.sources is empty; wanted one at least, such as [data.sources.text]")
+        for name, source in self.sources.items():
+            _at_least(1, source, f"data.sources.{name}", "weight")
 
 
 @dataclass(frozen=True)
@@ -91,9 +113,15 @@ class TrainConfig:
     steps: int = 2000
     batch: int = 32
     """Sequences per step of the whole job, whatever the number of ranks."""
-    micro_batch: int = 0
-    """Most sequences that a rank takes through the model at once; 0 is all of its share. It bounds memory when the
-    job shrinks: the share grows, the micro batch does not."""
+    micro_batch: int = 1
+    """Sequences of a logical micro-batch. A step's batch is batch / micro_batch of them, numbered; what is in each never
+    changes with the number of ranks, only which rank takes it. There can be no more ranks than micro-batches."""
+    at_once: int = 0
+    """Most micro-batches that a rank takes through the model at once; 0 is all of its share. It bounds memory when the
+    job shrinks: the share grows, this does not. In exact mode each goes alone."""
+    reduce: Literal["fast", "exact"] = "fast"
+    """`exact`: the same bits on every number of ranks (on CPUs of one kind, with as many threads for a rank), for a reduction
+    in each pass, and passes of one micro-batch: choose micro_batch as large as the largest number of ranks allows."""
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -105,10 +133,36 @@ class TrainConfig:
     """Threads of a rank on the CPU; 0 is OMP_NUM_THREADS, and 1 where that is unset."""
 
     def __post_init__(self) -> None:
-        _at_least(1, self, "train", "steps", "batch", "unit")
-        _at_least(0, self, "train", "micro_batch", "seed", "threads")
+        _at_least(1, self, "train", "steps", "batch", "micro_batch", "unit")
+        _at_least(0, self, "train", "at_once", "seed", "threads")
+        if self.seed > MAX_INTEGER:
+            raise ConfigError(
+                f"train.seed = {self.seed}; wanted at most {MAX_INTEGER}: no checkpoint could hold it"
+            )
+        if self.reduce == "exact" and self.at_once:
+            raise ConfigError(
+                f"train.at_once = {self.at_once} with train.reduce = exact, where each micro-batch goes alone: leave it out, "
+                "and set train.micro_batch"
+            )
+        if self.batch % self.micro_batch:
+            raise ConfigError(
+                f"train.micro_batch = {self.micro_batch} does not divide train.batch = {self.batch}"
+            )
         if self.precision == "bf16" and self.device == "cpu":
             raise ConfigError("train.precision = bf16 needs train.device = cuda: CPUs gain nothing from it")
+
+    @property
+    def lmb(self) -> Micro:
+        """How every step's batch is cut."""
+        return Micro(self.micro_batch, self.batch // self.micro_batch)
+
+    def check_world(self, world: int) -> None:
+        """Raises ConfigError where some rank would never have anything to do."""
+        if world > self.lmb.per_step:
+            raise ConfigError(
+                f"train.batch = {self.batch} is {self.lmb.per_step} micro-batches of train.micro_batch = {self.micro_batch}, "
+                f"fewer than the {world} ranks: raise train.batch, lower train.micro_batch, or take fewer ranks"
+            )
 
 
 @dataclass(frozen=True)
@@ -150,6 +204,11 @@ class Config:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
 
     def __post_init__(self) -> None:
+        if self.train.reduce == "exact" and self.parallel.replicate > 1:
+            raise ConfigError(
+                f"parallel.replicate = {self.parallel.replicate} with train.reduce = exact, which needs all ranks in one sum: "
+                "set it to 1"
+            )
         if self.optimizer.warmup >= self.train.steps:
             raise ConfigError(
                 f"optimizer.warmup = {self.optimizer.warmup} leaves nothing of train.steps = {self.train.steps}"
@@ -173,12 +232,14 @@ def load(path: Path | None, overrides: Iterable[str] = ()) -> Config:
 
 def _override(plain: dict[str, Any], text: str) -> None:
     name, equals, value = text.partition("=")
-    section, dot, key = name.partition(".")
-    if not (equals and dot and section and key):
+    if not (equals and "." in name and all(name.split("."))):
         raise ConfigError(f"--set {text}: wanted section.key=value, such as train.steps=100")
-    into = plain.setdefault(section, {})
-    if not isinstance(into, dict):
-        raise ConfigError(f"{section} is {into!r}; wanted a section")
+    into = plain
+    *sections, key = name.split(".")
+    for section in sections:
+        into = into.setdefault(section, {})
+        if not isinstance(into, dict):
+            raise ConfigError(f"{section} is {into!r}; wanted a section")
     into[key] = _value(value)
 
 
@@ -208,6 +269,11 @@ def _convert(kind: Any, value: Any, name: str) -> Any:
         if not isinstance(value, dict):
             raise ConfigError(f"{name} is {value!r}; wanted a section with {_names(kind)}")
         return _build(typing.cast("type", kind), value, name + ".")
+    if typing.get_origin(kind) is dict:
+        if not isinstance(value, dict):
+            raise ConfigError(f"{name} is {value!r}; wanted sections")
+        of = typing.get_args(kind)[1]
+        return {key: _convert(of, each, f"{name}.{key}") for key, each in value.items()}
     if typing.get_origin(kind) is Literal:
         if value not in typing.get_args(kind):
             raise ConfigError(f"{name} = {value!r}; wanted one of {', '.join(typing.get_args(kind))}")

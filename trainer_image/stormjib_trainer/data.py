@@ -1,4 +1,4 @@
-"""The text: bytes, split by file into training and validation, cut into windows.
+"""The texts: bytes, split by file into training and validation, cut into windows that can be read at any index.
 
 The default text is the source of the Python standard library: it is wherever Python is, it needs no download, and a
 small model learns it in minutes. It differs between Python versions, so its SHA-256 is part of a checkpoint.
@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from stormjib_checkpoint.order import Source
 from stormjib_trainer.errors import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
 VALIDATION_EVERY = 20
 """Every 20th file is for validation."""
@@ -42,29 +43,70 @@ class Text:
         """Number of training windows."""
         return _windows(self.train, self.context)
 
-    def batch(self, ids: Sequence[int]) -> torch.Tensor:
-        """The windows of these sample ids, each with the byte that follows it: (len(ids), context + 1), int64."""
-        return _cut(self.train, (i % self.samples for i in ids), self.context)
-
-    def validation_batch(self, indices: Sequence[int], of: int) -> torch.Tensor:
-        """Windows `indices` of `of` that lie evenly spread over the validation text."""
-        most = _windows(self.validation, self.context)
-        return _cut(self.validation, (i * most // of for i in indices), self.context)
-
     @property
     def validation_samples(self) -> int:
         """Number of validation windows that do not overlap."""
         return _windows(self.validation, self.context)
 
 
-def load(source: str, context: int) -> Text:
-    """Read the text named by `source`: `stdlib`, a file, or every file of a folder."""
-    files = _stdlib() if source == "stdlib" else _files(source)
+@dataclass(frozen=True)
+class Corpus:
+    """The texts of all sources, in the order of their names."""
+
+    texts: Mapping[str, Text]
+    context: int
+
+    def sources(self, weights: Mapping[str, int]) -> tuple[Source, ...]:
+        """What an `Order` mixes."""
+        return tuple(Source(name, text.samples, weights[name]) for name, text in self.texts.items())
+
+    def fingerprints(self) -> dict[str, str]:
+        """SHA-256 of each source."""
+        return {name: text.sha256 for name, text in self.texts.items()}
+
+    @property
+    def sha256(self) -> str:
+        """Of all of them."""
+        return hashlib.sha256(repr(self.fingerprints()).encode()).hexdigest()
+
+    def batch(self, places: Iterable[tuple[int, int]]) -> torch.Tensor:
+        """These windows, each given by number of source and index in it, and the byte that follows each of them:
+        (number of places, context + 1), int64."""
+        texts = [text.train for text in self.texts.values()]
+        return _stack((_cut(texts[which], index, self.context) for which, index in places), self.context)
+
+    def validation_batch(self, indices: Iterable[int], of: int) -> torch.Tensor:
+        """Windows `indices` of `of` that lie evenly spread over the validation texts of all sources."""
+        most = self.validation_samples
+        return _stack((self._validation(i * most // of) for i in indices), self.context)
+
+    def _validation(self, index: int) -> torch.Tensor:
+        for text in self.texts.values():
+            if index < text.validation_samples:
+                return _cut(text.validation, index, self.context)
+            index -= text.validation_samples
+        raise IndexError(index)
+
+    @property
+    def validation_samples(self) -> int:
+        """Number of validation windows of all sources."""
+        return sum(text.validation_samples for text in self.texts.values())
+
+
+def load(paths: Mapping[str, str], context: int) -> Corpus:
+    """Read the text of each source: `stdlib`, a file, or every file of a folder. Raises DataError."""
+    return Corpus(
+        {name: _load(f"data.sources.{name}.path", paths[name], context) for name in sorted(paths)}, context
+    )
+
+
+def _load(knob: str, path: str, context: int) -> Text:
+    files = _stdlib() if path == "stdlib" else _files(knob, path)
     train, validation = _read(files)
     text = Text(_tensor(train), _tensor(validation), context, _digest(train, validation))
     if not (text.samples and text.validation_samples):
         raise DataError(
-            f"data.source = {source}: {len(train)} bytes to train on and {len(validation)} to validate on; "
+            f"{knob} = {path}: {len(train)} bytes to train on and {len(validation)} to validate on; "
             f"each must hold a window of model.context = {context} bytes and one more"
         )
     return text
@@ -80,12 +122,20 @@ def _stdlib() -> list[str]:
     return sorted(found)
 
 
-def _files(source: str) -> list[str]:
-    if os.path.isdir(source):
-        return sorted(f"{folder}/{name}" for folder, _, names in os.walk(source) for name in names)
-    if os.path.isfile(source):
-        return [source]
-    raise DataError(f"data.source = {source}: no such file or folder (and not `stdlib`)")
+def _files(knob: str, path: str) -> list[str]:
+    if os.path.isdir(path):
+        files = sorted(f"{folder}/{name}" for folder, _, names in os.walk(path) for name in names)
+    elif os.path.exists(path):
+        files = [path]
+    else:
+        raise DataError(f"{knob} = {path}: no such file or folder (and not `stdlib`)")
+    for file in files:
+        if not os.path.isfile(file):
+            raise DataError(
+                f"{knob} = {path}: {file} is no regular file. A stream can only be read from its start, so no job could go "
+                "on in it on another number of ranks and lose nothing; write it to a file first"
+            )
+    return files
 
 
 def _read(files: Sequence[str]) -> tuple[bytearray, bytearray]:
@@ -127,6 +177,10 @@ def _windows(text: torch.Tensor, context: int) -> int:
     return max(0, (text.numel() - 1) // context)
 
 
-def _cut(text: torch.Tensor, indices: Iterable[int], context: int) -> torch.Tensor:
-    rows = [text[i * context : i * context + context + 1] for i in indices]
-    return torch.stack(rows).long() if rows else torch.empty(0, context + 1, dtype=torch.int64)
+def _cut(text: torch.Tensor, index: int, context: int) -> torch.Tensor:
+    return text[index * context : index * context + context + 1]
+
+
+def _stack(rows: Iterable[torch.Tensor], context: int) -> torch.Tensor:
+    windows = [*rows]
+    return torch.stack(windows).long() if windows else torch.empty(0, context + 1, dtype=torch.int64)

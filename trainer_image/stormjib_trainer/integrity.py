@@ -16,13 +16,17 @@ from stormjib_health.integrity.judge import Judge, Numbers, Replay, unpack
 from stormjib_health.integrity.slices import SLICES
 from stormjib_health.integrity.votes import replica_groups
 from stormjib_health.probe.numbers import DIGEST_HALVES, Digests, LocalNorm, halves
-from stormjib_trainer.order import share
+from stormjib_trainer.step import Share
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor, nn
 
     from stormjib_checkpoint.format import DoubtFile
+    from stormjib_checkpoint.order import Micro
     from stormjib_health.integrity.judge import Ruling
+    from stormjib_health.probe.numbers import ReduceScatter
     from stormjib_trainer.environment import Environment
     from stormjib_trainer.step import Agreed
 
@@ -49,17 +53,19 @@ class Recorded:
 class Watch:
     """One rank's watch over the numbers of the job."""
 
-    def __init__(self, env: Environment, batch: int, replicas: int, device: torch.device) -> None:
-        self._env, self._batch, self._replicas, self._device = env, batch, replicas, device
+    def __init__(self, env: Environment, lmb: Micro, replicas: int, device: torch.device) -> None:
+        self._env, self._lmb, self._replicas, self._device = env, lmb, replicas, device
         self._norm = LocalNorm(device) if env.integrity.norms else None
         self._digests: Digests | None = None
         self._recorded: dict[int, str] = {}
         self._judge: Judge | None = None
 
-    def attach(self, model: nn.Module, tensors: list[Tensor]) -> None:
-        """Stand at the entrance of the model's reductions, and read `tensors`, the state that every step changes."""
+    def attach(
+        self, model: nn.Module, folds: Mapping[nn.Module, ReduceScatter], tensors: list[Tensor]
+    ) -> None:
+        """Stand at the entrance of the model's reductions, which are in `folds` or FSDP2's own, and read `tensors`, the state that every step changes."""
         if self._norm is not None:
-            self._norm.attach(model)
+            self._norm.attach(model, folds)
         if self._env.integrity.digests and self._replicas > 1:
             self._digests = Digests(tensors)
 
@@ -69,7 +75,7 @@ class Watch:
         self._judge = Judge(
             self._env.integrity,
             rank=self._env.rank,
-            shares=[len(share(self._batch, rank, self._env.world)) for rank in range(self._env.world)],
+            shares=[Share(self._lmb, rank, self._env.world).sequences for rank in range(self._env.world)],
             groups=replica_groups(self._env.world, self._replicas),
             can_go_back=bool(self._env.checkpoint_root),
             exact=self._device.type == "cpu" or torch.are_deterministic_algorithms_enabled(),

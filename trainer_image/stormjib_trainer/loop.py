@@ -4,25 +4,35 @@ from __future__ import annotations
 
 import sys
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from stormjib_checkpoint.errors import FormatError
+from stormjib_checkpoint.order import Order
 from stormjib_health import probe
 from stormjib_health.integrity.judge import Act
 from stormjib_health.integrity.votes import replicas_of
 from stormjib_health.wire import Doubt
 from stormjib_runtime import rank
 from stormjib_runtime.wire import EXIT_RESUME_FAILED, EXIT_ROLL_BACK, EXIT_STOPPED, RankPhase
-from stormjib_trainer import data, init, parallel
+from stormjib_trainer import data, dropout, init, parallel, same_run
 from stormjib_trainer.checkpoints import Checkpoints
 from stormjib_trainer.control import Control
 from stormjib_trainer.environment import age_s
-from stormjib_trainer.errors import CorruptedStep, DataError, ResumeFailed, ResumeMismatch, RolledBack
+from stormjib_trainer.errors import (
+    ConfigError,
+    CorruptedStep,
+    DataError,
+    ResumeFailed,
+    RolledBack,
+)
+from stormjib_trainer.exact import Exact
 from stormjib_trainer.integrity import Watch
 from stormjib_trainer.model import Llama
 from stormjib_trainer.optimizer import Optimizer
-from stormjib_trainer.order import Order, share
+from stormjib_trainer.reduction import Fast
 from stormjib_trainer.report import Reporter
-from stormjib_trainer.step import agree, backward, clip
+from stormjib_trainer.step import Share, agree, clip
 from stormjib_trainer.validate import validate
 
 if TYPE_CHECKING:
@@ -33,7 +43,9 @@ if TYPE_CHECKING:
     from stormjib_checkpoint.tensors import Value
     from stormjib_health.integrity.judge import Ruling
     from stormjib_trainer.config import Config
+    from stormjib_trainer.data import Corpus
     from stormjib_trainer.environment import Environment
+    from stormjib_trainer.reduction import Keys, Reduction
     from stormjib_trainer.step import Agreed
 
 
@@ -42,6 +54,7 @@ def train(config: Config, env: Environment) -> int:
     control = Control(rank.page())
     control.listen()
     control.phase(RankPhase.START)
+    config.train.check_world(env.world)
     parallel.join(parallel.device_of(config.train, env), config.train, env)
     met_s = age_s()
     run = Run(config, env, control)
@@ -66,21 +79,24 @@ class Run:
         self.config, self.env, self.control = config, env, control
         self.report = Reporter(env.rank)
         self.device = parallel.device_of(config.train, env)
-        self.text = data.load(config.data.source, config.model.context)
+        sources = config.data.sources
+        self.text = data.load({name: each.path for name, each in sources.items()}, config.model.context)
         if not parallel.same_everywhere(self.text.sha256, self.device):
             raise DataError(
-                f"data.source = {config.data.source}: ranks read different texts; give all nodes the same"
+                f"data.sources ({', '.join(sources)}): ranks read different texts; give all nodes the same"
             )
-        self.order = Order(self.text.samples, config.train.batch, config.train.seed)
-        self.share = share(config.train.batch, env.rank, env.world)
+        self.order = _order(config, self.text)
+        self.share = Share(config.train.lmb, env.rank, env.world)
         self.model = Llama(config.model)
         init.fill(self.model, config.train.seed, config.model.layers)
         self.model.to(self.device)
         self.replicas = replicas_of(env.world, config.parallel.replicate)
         parallel.shard(self.model, self.device, config.train, self.replicas)
-        self.optimizer = Optimizer(self.model, config.optimizer, config.train.steps)
-        self.watch = Watch(env, config.train.batch, self.replicas, self.device)
-        self.watch.attach(self.model, self.optimizer.tensors())
+        exact = config.train.reduce == "exact"
+        self.optimizer = Optimizer(self.model, config.optimizer, config.train.steps, exact=exact)
+        self.reduction = self.reduced()
+        self.watch = Watch(env, config.train.lmb, self.replicas, self.device)
+        self.watch.attach(self.model, self.reduction.folds, self.optimizer.tensors())
         weights: dict[str, Value] = {f"model.{name}": p for name, p in self.model.named_parameters()}
         self.state = weights | self.optimizer.state()
         """All tensors of a checkpoint, sharded; they share memory with model and optimizer, so it never changes."""
@@ -89,6 +105,13 @@ class Run:
         self.fed: dict[int, Sequence[int]] = {}
         """step -> sample ids that this rank fed to the model, since the last save."""
 
+    def reduced(self) -> Reduction:
+        """How gradients are summed."""
+        train = self.config.train
+        if train.reduce == "exact":
+            return Exact(self.model, self.share)
+        return Fast(self.model, self.share, train.at_once or train.batch, self.replicas)
+
     def resume(self, met_s: float) -> None:
         """Go on from the checkpoint that this generation resumes from, where there is one. Tells how the start went:
         `met_s` is the time from the start of the process to its first collective."""
@@ -96,7 +119,7 @@ class Run:
         if saved is not None:
             self.done = saved["step"]
             self.checkpoints.keep_pace(saved["trained_s"], saved["lives"])
-            self.check_same_run(saved)
+            same_run.check(saved, self.train_record())
             self.optimizer.done(self.done)
         self.watch.begin(self.done, self.checkpoints.doubted(self.done))
         self.report.event("start", step=self.done, fork_to_collective_s=round(met_s, 3), **self.facts())
@@ -130,8 +153,8 @@ class Run:
         """One step of the whole job."""
         began = time.perf_counter()
         self.control.phase(RankPhase.STEP)
-        self.fed[step] = self.order.ids(step, self.share)
-        windows = self.text.batch(self.fed[step]).to(self.device)
+        self.fed[step] = self.order.ids(step, self.share.numbers)
+        windows = self.text.batch(map(self.order.place, self.fed[step])).to(self.device)
         agreed, act = self.attempt(step, windows)
         if act is Act.AGAIN:
             self.optimizer.drop()
@@ -148,10 +171,10 @@ class Run:
 
     def attempt(self, step: int, windows: Tensor, *, again: bool = False) -> tuple[Agreed, Act]:
         """Forward, backward, and what all ranks make of the numbers. Raises CorruptedStep, RolledBack."""
-        train = self.config.train
         self.watch.start()
-        loss = backward(self.model, windows, train.micro_batch, train.batch)
+        loss = self.reduction.backward(windows, self.keys(step))
         gradients = self.optimizer.gradients()
+        numbers = self.reduction.numbers(loss, gradients)
         wishes = {
             "stop": self.control.stop(step),
             "save": self.control.save(step),
@@ -159,7 +182,7 @@ class Run:
             "busy": not self.checkpoints.can_stage(),
         }
         told = self.watch.told(step, again=again)
-        agreed = agree(loss, gradients, replicas=self.replicas, told=told, **wishes)
+        agreed = agree(numbers, self.reduction.read, told=told, **wishes)
         ruling = self.watch.rule(step, agreed)
         for finding in ruling.findings:
             probe.tell(finding)
@@ -171,6 +194,13 @@ class Run:
             raise CorruptedStep(_said(step, agreed, ruling))
         clip(gradients, agreed.grad_norm, self.config.optimizer.clip)
         return agreed, ruling.act
+
+    def keys(self, step: int) -> Keys | None:
+        """What dropout in this step draws from."""
+        if not self.config.model.dropout:
+            return None
+        seed, size = self.config.train.seed, self.config.train.micro_batch
+        return partial(dropout.keys, seed, step, size=size, device=self.device)
 
     def roll_back(self, step: int, ruling: Ruling) -> NoReturn:
         """Leave word for the next generation, and end."""
@@ -207,20 +237,11 @@ class Run:
             "trained_s": round(self.checkpoints.trained_s, 3),
             "lives": self.checkpoints.lives,
             "cursor": self.order.cursor(self.done),
-            "text": self.text.sha256,
+            "rng": {"kind": dropout.RNG, "seed": self.config.train.seed},
+            "texts": self.text.fingerprints(),
             "context": self.text.context,
             "config": self.config.to_dict(),
         }
-
-    def check_same_run(self, saved: dict[str, Any]) -> None:
-        """Refuse to go on with other samples in another order: nobody would notice, and the ledger would lie."""
-        own = self.train_record()
-        for key in ("cursor", "text", "context"):
-            if saved[key] != own[key]:
-                raise ResumeMismatch(
-                    f"the checkpoint of step {self.done} has {key} {saved[key]}, this run {own[key]}: keep data.source, "
-                    "model.context, train.batch and train.seed (and the Python version), or name an empty folder"
-                )
 
     def facts(self) -> dict[str, object]:
         """For whoever reads the log later."""
@@ -229,7 +250,7 @@ class Run:
             "world": self.env.world,
             "generation": self.checkpoints.generation,
             "parameters": sum(p.numel() for p in self.model.parameters()),
-            "samples": self.text.samples,
+            "samples": sum(source.n for source in self.order.sources),
             "text": self.text.sha256[:16],
         }
 
@@ -245,6 +266,14 @@ class Run:
             world=self.env.world,
             time_ms=_ms(seconds),
         )
+
+
+def _order(config: Config, text: Corpus) -> Order:
+    weights = {name: source.weight for name, source in config.data.sources.items()}
+    try:
+        return Order(text.sources(weights), config.train.lmb, config.train.seed)
+    except FormatError as error:
+        raise ConfigError(f"data.sources: {error}") from error
 
 
 def _said(step: int, agreed: Agreed, ruling: Ruling) -> str:

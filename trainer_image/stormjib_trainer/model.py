@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stormjib_trainer.dropout import dropout
+
 if TYPE_CHECKING:
     from stormjib_trainer.config import ModelConfig
 
@@ -80,39 +82,48 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """One layer; the unit that is sharded."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, number: int) -> None:
         super().__init__()
+        self._drop = config.dropout
+        self._layers = (2 * number + 1, 2 * number + 2)
+        """Numbers of its two masks in the whole model; 0 is that of the embedding."""
         self.attention_norm = Norm(config.dim)
         self.attention = Attention(config)
         self.feed_forward_norm = Norm(config.dim)
         self.feed_forward = FeedForward(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), cos, sin)
-        return cast("Tensor", x + self.feed_forward(self.feed_forward_norm(x)))
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, keys: Tensor | None) -> Tensor:
+        first, second = self._layers
+        x = x + _dropped(self.attention(self.attention_norm(x), cos, sin), keys, first, self._drop)
+        return x + _dropped(self.feed_forward(self.feed_forward_norm(x)), keys, second, self._drop)
 
 
 class Llama(nn.Module):
-    """Bytes in, logits of the next byte out."""
+    """Bytes in, logits of the next byte out; with the keys of the sequences (`dropout.keys`) their activations are dropped."""
 
     cos: Tensor
     sin: Tensor
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self._drop = config.dropout
         self.embedding = Embedding(VOCABULARY, config.dim)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(Block(config, number) for number in range(config.layers))
         self.norm = Norm(config.dim)
         self.head = None if config.tied else Linear(config.dim, VOCABULARY)
         cos, sin = _rotary(config)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embedding(tokens)
+    def forward(self, tokens: Tensor, keys: Tensor | None = None) -> Tensor:
+        x = _dropped(self.embedding(tokens), keys, 0, self._drop)
         for block in self.blocks:
-            x = block(x, self.cos, self.sin)
+            x = block(x, self.cos, self.sin, keys)
         return F.linear(self.norm(x), (self.head or self.embedding).weight)
+
+
+def _dropped(x: Tensor, keys: Tensor | None, layer: int, p: float) -> Tensor:
+    return x if keys is None else dropout(x, keys, layer, p)
 
 
 def _rotary(config: ModelConfig) -> tuple[Tensor, Tensor]:

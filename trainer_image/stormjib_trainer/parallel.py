@@ -41,7 +41,7 @@ def join(device: torch.device, config: TrainConfig, env: Environment) -> None:
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device)
-        if env.integrity.on_spike is OnSpike.REPLAY:
+        if env.integrity.on_spike is OnSpike.REPLAY or config.reduce == "exact":
             _deterministic()
     else:
         torch.set_num_threads(config.threads or env.omp_threads)

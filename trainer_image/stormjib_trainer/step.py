@@ -1,21 +1,20 @@
-"""Forward, backward and the one small collective of a step."""
+"""What a rank takes of a step, and the one small collective of it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from torch import Tensor
-    from torch.distributed.fsdp import FSDPModule
 
+    from stormjib_checkpoint.order import Micro
     from stormjib_trainer.model import Llama
 
 
@@ -38,63 +37,80 @@ class Agreed:
     """What the ranks wanted to tell each other beside, summed."""
 
 
-def micro_batches(windows: Tensor, most: int, total: int, world: int) -> Iterator[tuple[Tensor, float]]:
-    """Cut a rank's windows into micro batches of at most `most`, each with the weight of its loss.
+@dataclass(frozen=True)
+class Pass:
+    """Micro-batches that a rank takes through the model at once."""
 
-    Every forward and backward gathers weights from all ranks, so all must make the same number of them: as many as the
-    largest share of `total` windows needs. A rank with fewer or no windows takes one empty text, weighted by nothing.
-    """
-    largest = ceil(total / world)
-    for chunk in windows.tensor_split(ceil(largest / most)):
-        if len(chunk):
-            yield chunk, 1.0
-        else:
-            yield windows.new_zeros(1, windows.shape[1]), 0.0
+    numbers: range
+    """None where this rank has no more, and others have: it takes one empty text, weighted by nothing."""
+    windows: Tensor
+
+    @property
+    def weight(self) -> float:
+        """Of its loss."""
+        return 1.0 if self.numbers else 0.0
 
 
-def summed_loss(model: Llama, windows: Tensor) -> Tensor:
-    """Cross entropy in nats, summed over all bytes of these windows."""
-    logits = model(windows[:, :-1])
+@dataclass(frozen=True)
+class Share:
+    """What one rank takes of the numbered micro-batches of a step: every world-th, so that ranks differ by one at most."""
+
+    lmb: Micro
+    rank: int
+    world: int
+
+    @property
+    def numbers(self) -> range:
+        """Of its micro-batches."""
+        return range(self.rank, self.lmb.per_step, self.world)
+
+    @property
+    def sequences(self) -> int:
+        """How many it takes in a step."""
+        return len(self.numbers) * self.lmb.size
+
+    def scale(self, windows: Tensor) -> float:
+        """What makes sums of losses over bytes a mean over all bytes of the step."""
+        return 1.0 / (self.lmb.batch * (windows.shape[1] - 1))
+
+    def passes(self, windows: Tensor, most: int) -> Iterator[Pass]:
+        """Cut the windows of its micro-batches into passes of at most `most` of them.
+
+        Every forward and backward gathers weights from all ranks, so all must make the same number of them: as many as
+        rank 0, which has the most. Who has none in the last pass takes one empty text.
+        """
+        size = self.lmb.size
+        for begin in range(0, len(range(0, self.lmb.per_step, self.world)), most):
+            numbers = self.numbers[begin : begin + most]
+            taken = windows[begin * size : (begin + len(numbers)) * size]
+            yield Pass(numbers, taken if numbers else windows.new_zeros(1, windows.shape[1]))
+
+
+def summed_loss(model: Llama, windows: Tensor, keys: Tensor | None = None) -> Tensor:
+    """Cross entropy in nats, summed over all bytes of these windows; with dropout where there are keys."""
+    logits = model(windows[:, :-1], keys)
     return F.cross_entropy(logits.flatten(0, 1).float(), windows[:, 1:].flatten(), reduction="sum")
 
 
-def backward(model: Llama, windows: Tensor, micro_batch: int, batch: int) -> Tensor:
-    """Gradients of the mean loss over the whole batch, summed over ranks. Returns this rank's part of that loss."""
-    sharded = cast("FSDPModule", model)
-    share = [*micro_batches(windows, micro_batch or batch, batch, dist.get_world_size())]
-    loss = torch.zeros((), dtype=torch.float64, device=windows.device)
-    scale = 1.0 / (batch * (windows.shape[1] - 1))
-    for i, (chunk, weight) in enumerate(share):
-        sharded.set_requires_gradient_sync(i == len(share) - 1)
-        part = summed_loss(model, chunk) * (weight * scale)
-        torch.autograd.backward(part)
-        loss += part.detach()
-    return loss
-
-
 def agree(
-    loss: Tensor,
-    grads: list[Tensor],
+    numbers: Tensor,
+    read: Callable[[Tensor], tuple[float, float]],
     *,
     stop: bool,
     save: bool,
     hold: bool,
     busy: bool,
-    replicas: int = 1,
     told: Tensor | None = None,
 ) -> Agreed:
-    """One collective for all that the ranks must agree on: loss, gradient norm, what they wish, and what they want to tell beside.
-
-    Each shard of the gradient is on `replicas` ranks, and so counted as often.
-    """
-    norms = torch.stack(torch._foreach_norm(grads)).double()
-    own = torch.stack((loss, norms.dot(norms)))
-    flags = torch.tensor((stop, save, hold, busy), dtype=torch.float64, device=loss.device)
-    whole = torch.cat((own, flags) if told is None else (own, flags, told))
+    """One collective for all that the ranks must agree on: loss and gradient norm (which `read` reads from the sum of their
+    `numbers`, float64), what they wish, and what they want to tell beside."""
+    flags = torch.tensor((stop, save, hold, busy), dtype=torch.float64, device=numbers.device)
+    whole = torch.cat((numbers, flags) if told is None else (numbers, flags, told))
     dist.all_reduce(whole)
-    mean, squares, stops, saves, holds, busies, *rest = whole.tolist()
-    norm = (squares / replicas) ** 0.5
-    return Agreed(mean, norm, stops > 0, saves > 0, holds > 0, busies > 0, tuple(rest))
+    whole = whole.cpu()  # waits for the device, once
+    loss, norm = read(whole[: len(numbers)])
+    stops, saves, holds, busies, *rest = whole[len(numbers) :].tolist()
+    return Agreed(loss, norm, stops > 0, saves > 0, holds > 0, busies > 0, tuple(rest))
 
 
 def clip(grads: list[Tensor], norm: float, most: float) -> None:

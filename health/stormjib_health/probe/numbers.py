@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -10,7 +11,7 @@ import torch.distributed as dist
 from stormjib_health.integrity.slices import SLICES, parts
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
@@ -19,6 +20,8 @@ DIGEST_HALVES = 4
 _COLUMNS = 1024
 _WORD = 8
 _HALF = 1 << 32
+ReduceScatter = Callable[..., "dist.Work | None"]
+"""(output, input, group, op, async_op), as FSDP2 calls it."""
 
 
 class LocalNorm:
@@ -44,18 +47,21 @@ class LocalNorm:
         norms = torch.stack(self._norms).double()
         return norms.dot(norms).sqrt()
 
-    def _take(self, gradient: Tensor) -> None:
+    def take(self, gradient: Tensor) -> None:
+        """One more gradient that is about to be mixed."""
         self._norms.append(torch.linalg.vector_norm(gradient, dtype=torch.float32))
 
     # --- FSDP2 ----------------------------------------------------------------------------------------------------------
 
-    def attach(self, model: torch.nn.Module) -> None:
-        """Stand in for the reduce-scatter of every FSDP2 unit of `model`."""
+    def attach(self, model: torch.nn.Module, folds: Mapping[torch.nn.Module, ReduceScatter]) -> None:
+        """Stand before the reduce-scatter of every FSDP2 unit of `model`: before the one in `folds`, where there is one. A unit
+        that is reduced more than once in a step counts as if its gradients stood at right angles."""
         from torch.distributed.fsdp import FSDPModule
 
         for module in model.modules():
             if isinstance(module, FSDPModule):
-                module.set_custom_reduce_scatter(cast("Any", self))  # its base class is private to torch
+                entrance = _Entrance(self, folds.get(module, _reduce_scatter))
+                module.set_custom_reduce_scatter(cast("Any", entrance))  # its base class is private to torch
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Memory for the input of a reduce-scatter, then for its output. Where a shard has one rank (all ranks are
@@ -67,8 +73,28 @@ class LocalNorm:
         else:
             filled, self._filled = self._filled, None
             if filled.numel() == buffer.numel():
-                self._take(filled)
+                self.take(filled)
         return buffer
+
+    # --- DDP ------------------------------------------------------------------------------------------------------------
+
+    def attach_ddp(self, model: torch.nn.parallel.DistributedDataParallel) -> None:
+        """Stand in for the all-reduce of every bucket of `model`."""
+        from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+        def hook(group: dist.ProcessGroup, bucket: Any) -> torch.futures.Future[Tensor]:
+            self.take(bucket.buffer())
+            return allreduce_hook(group, bucket)
+
+        hook.__annotations__.clear()  # DDP compares them with classes, and here they are texts
+        model.register_comm_hook(dist.group.WORLD, hook)
+
+
+class _Entrance:
+    """Stands before the reduction of one FSDP2 unit."""
+
+    def __init__(self, norm: LocalNorm, reduce: ReduceScatter) -> None:
+        self.allocate, self._take, self._reduce = norm.allocate, norm.take, reduce
 
     def __call__(
         self,
@@ -78,22 +104,16 @@ class LocalNorm:
         op: Any,
         async_op: bool = False,
     ) -> dist.Work | None:
-        """Reduce and scatter, as FSDP2 does by default."""
+        """Reduce and scatter, after a look at what goes in."""
         self._take(input_tensor)
-        return dist.reduce_scatter_tensor(output_tensor, input_tensor, op, group, async_op)
+        return self._reduce(output_tensor, input_tensor, group, op, async_op)
 
-    # --- DDP ------------------------------------------------------------------------------------------------------------
 
-    def attach_ddp(self, model: torch.nn.parallel.DistributedDataParallel) -> None:
-        """Stand in for the all-reduce of every bucket of `model`."""
-        from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-
-        def hook(group: dist.ProcessGroup, bucket: Any) -> torch.futures.Future[Tensor]:
-            self._take(bucket.buffer())
-            return allreduce_hook(group, bucket)
-
-        hook.__annotations__.clear()  # DDP compares them with classes, and here they are texts
-        model.register_comm_hook(dist.group.WORLD, hook)
+def _reduce_scatter(
+    output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
+) -> dist.Work | None:
+    """As FSDP2 does by default."""
+    return dist.reduce_scatter_tensor(output_tensor, input_tensor, op, group, async_op)
 
 
 class Digests:

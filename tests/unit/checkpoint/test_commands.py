@@ -100,7 +100,9 @@ def test_verify_finds_a_flipped_bit(root: Path) -> None:
 
 def test_audit_counts_the_living_history_only(root: Path) -> None:
     code, text = run("audit", root)
-    assert (code, text.strip()) == (0, "12 steps up to 12, 48 samples, 0 of them more than once")
+    told = "12 steps up to 12, 48 samples, 0 of them more than once, 0 changes of the number of ranks"
+    assert (code, text.splitlines()[0]) == (0, told)
+    assert "no cursor says what should have been fed" in text
     segment = root / "ledger" / "g1.2" / "00000011-00000012.jsonl"
     segment.write_bytes(segment.read_bytes().replace(b"11", b"99", 1))
     code, text = run("audit", root)
@@ -161,7 +163,8 @@ def test_finish_gc_and_audit_come_as_json_too(root: Path) -> None:
     assert found["committed"] == [14]
     assert ["rank-00001.json not written yet" in why for why in found["given_up"]] == [True]
     counts = json.loads(run("audit", root, "--json")[1])
-    assert counts == {"steps": 14, "last": 14, "samples": 56, "twice": 0, "gaps": [], "problems": []}
+    numbers = {"steps": 14, "last": 14, "samples": 56, "twice": 0, "reshapes": 0}
+    assert counts == numbers | {"planned": False, "gaps": [], "unplanned": [], "problems": []}
     train(storage, "1.2", 16, 18)
     old = ["step-00000012/g1.2", "step-00000016/g1.2", "step-00000020/g1.1"]
     assert json.loads(run("gc", root, "--dry-run", "--json")[1]) == {"dry_run": True, "deleted": old}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from stormjib_trainer.config import Config, ModelConfig, load
+from stormjib_trainer.config import Config, ModelConfig, SourceConfig, TrainConfig, load
 from stormjib_trainer.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -16,16 +16,22 @@ if TYPE_CHECKING:
 
 def test_file_and_overrides_the_last_one_wins(tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
-    file.write_text("[model]\ndim = 32\n[optimizer]\nlr = 1\nfinal_lr = 0\n[data]\nsource = '/there'\n")
-    config = load(file, ["train.steps=700", "train.steps=800", "model.tied=true", "data.source=/here/it is"])
+    file.write_text(
+        "[model]\ndim = 32\n[optimizer]\nlr = 1\nfinal_lr = 0\n[data.sources.mine]\npath = '/there'\n"
+    )
+    config = load(
+        file, ["train.steps=700", "train.steps=800", "model.tied=true", "data.sources.mine.path=/here/it is"]
+    )
     assert (config.model.dim, config.model.tied, config.train.steps) == (32, True, 800)
     assert config.optimizer.lr == 1.0
     assert isinstance(config.optimizer.lr, float)
-    assert config.data.source == "/here/it is"
+    assert config.data.sources == {"mine": SourceConfig("/here/it is")}
 
 
 def test_what_is_written_out_reads_back_the_same(tmp_path: Path) -> None:
     sections = Config().to_dict()
+    sources = sections.pop("data")["sources"]
+    sections |= {f"data.sources.{name}": source for name, source in sources.items()}
     file = tmp_path / "run.toml"
     lines = [
         f"{section}.{key} = {str(value).lower() if isinstance(value, bool) else repr(value)}"
@@ -53,10 +59,21 @@ def test_a_configuration_cannot_be_changed() -> None:
         ("train.steps=true", "train.steps = True; wanted int"),
         ("train.steps=0", "train.steps = 0; wanted at least 1"),
         ("train.steps=100", "optimizer.warmup = 100 leaves nothing"),
-        ("train.micro_batch=-1", "train.micro_batch"),
+        ("train.micro_batch=0", "train.micro_batch = 0; wanted at least 1"),
+        ("train.micro_batch=5", "train.micro_batch = 5 does not divide train.batch = 32"),
+        ("train.at_once=-1", "train.at_once"),
+        ("train.reduce=slow", "train.reduce = 'slow'; wanted one of fast, exact"),
+        ("data.sources.a.weight=0", "data.sources.a.weight = 0; wanted at least 1"),
+        ("data.sources.a.kind=text", "unknown key data.sources.a.kind"),
+        ("data.sources=stdlib", "data.sources is 'stdlib'; wanted sections"),
+        ("data.sources.a=stdlib", "data.sources.a is 'stdlib'; wanted a section with path, weight"),
+        ("data.sources={}", "data.sources is empty"),
+        ("data..a=1", "section.key=value"),
+        (f"train.seed={2**63}", "no checkpoint could hold it"),
         ("train.device=gpu", "wanted one of auto, cpu, cuda"),
         ("model.heads=5", "model.heads = 5"),
         ("model.heads=64", "even multiple"),
+        ("model.dropout=1", "model.dropout = 1.0: wanted 0 <= dropout < 1"),
         ("optimizer.lr=0", "optimizer.lr = 0.0; wanted more than 0"),
         ("optimizer.final_lr=1", "optimizer.final_lr = 1.0 is above"),
         ("optimizer.beta2=1", "optimizer.beta2"),
@@ -87,3 +104,19 @@ def test_bad_files_are_refused(tmp_path: Path) -> None:
 
 def test_the_hidden_layer_is_a_multiple_of_32() -> None:
     assert [ModelConfig(dim=dim).hidden for dim in (32, 64, 128, 256)] == [96, 192, 352, 704]
+
+
+def test_more_ranks_than_micro_batches_are_refused() -> None:
+    config = TrainConfig(batch=12, micro_batch=3)
+    config.check_world(4)
+    with pytest.raises(
+        ConfigError, match=r"12 is 4 micro-batches of train\.micro_batch = 3, fewer than the 5 ranks"
+    ):
+        config.check_world(5)
+
+
+@pytest.mark.parametrize("override", ["train.at_once=2", "parallel.replicate=2"])
+def test_what_exact_mode_cannot_do_is_refused(override: str) -> None:
+    load(None, [override])
+    with pytest.raises(ConfigError, match=r"with train\.reduce = exact"):
+        load(None, [override, "train.reduce=exact"])

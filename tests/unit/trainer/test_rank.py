@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from stormjib_checkpoint.order import Micro
 from stormjib_health.integrity.judge import Policy
 from stormjib_health.verdict import OnRecurrence, OnSpike
 from stormjib_runtime.page import Page
@@ -17,8 +18,7 @@ from stormjib_trainer import environment
 from stormjib_trainer.__main__ import EXIT_USAGE, main
 from stormjib_trainer.control import Control
 from stormjib_trainer.errors import ConfigError
-from stormjib_trainer.order import share
-from stormjib_trainer.step import micro_batches
+from stormjib_trainer.step import Share
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -108,17 +108,39 @@ def test_without_a_page_nothing_is_asked_and_nothing_said() -> None:
     assert not control.save(1)
 
 
-@given(total=st.integers(1, 60), world=st.integers(1, 20), most=st.integers(1, 20))
-def test_ranks_make_equally_many_passes_and_lose_no_window(total: int, world: int, most: int) -> None:
-    windows = torch.arange(total).unsqueeze(1)
-    ranks = []
+@given(total=st.integers(1, 60), world=st.integers(1, 20), most=st.integers(1, 20), size=st.integers(1, 3))
+def test_ranks_make_equally_many_passes_and_lose_no_window(
+    total: int, world: int, most: int, size: int
+) -> None:
+    lmb = Micro(size, total)
+    windows = torch.arange(lmb.batch).unsqueeze(1)
+    fed: dict[int, list[int]] = {}
+    counts = set()
     for rank in range(world):
-        part = share(total, rank, world)
-        ranks.append([*micro_batches(windows[part.start : part.stop], most, total, world)])
-    assert len({len(chunks) for chunks in ranks}) == 1
-    assert all(1 <= len(chunk) <= most for chunks in ranks for chunk, _ in chunks)
-    fed = torch.cat([chunk for chunks in ranks for chunk, weight in chunks if weight])
-    assert torch.equal(fed, windows)
+        share = Share(lmb, rank, world)
+        own = torch.cat([windows[:0], *(windows[n * size : (n + 1) * size] for n in share.numbers)])
+        assert len(own) == share.sequences
+        passes = [*share.passes(own, most)]
+        counts.add(len(passes))
+        for one in passes:
+            assert len(one.numbers) <= most
+            assert one.weight == bool(one.numbers)
+            assert len(one.windows) == max(1, len(one.numbers) * size)
+            rows = one.windows.flatten().tolist()
+            fed |= {n: rows[i * size : (i + 1) * size] for i, n in enumerate(one.numbers)}
+    assert len(counts) == 1
+    assert fed == {n: windows.flatten().tolist()[n * size : (n + 1) * size] for n in range(total)}
+
+
+@given(total=st.integers(1, 60), world=st.integers(1, 20))
+def test_passes_of_one_go_through_a_step_in_the_order_of_its_micro_batches(total: int, world: int) -> None:
+    """What exact mode sums in one pass are neighbours, and ranks that have none are the last."""
+    windows = torch.zeros(total, 1)
+    ranks = [Share(Micro(1, total), rank, world) for rank in range(world)]
+    passes = [[*share.passes(windows[: share.sequences], 1)] for share in ranks]
+    taken = [[*one.numbers] for together in zip(*passes, strict=True) for one in together]
+    assert [numbers for numbers in taken if numbers] == [[n] for n in range(total)]
+    assert all(taken[:total])
 
 
 def test_a_bad_command_line_says_what_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:

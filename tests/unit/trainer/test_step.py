@@ -21,8 +21,8 @@ def test_what_one_rank_wishes_all_do(monkeypatch: pytest.MonkeyPatch, wish: str,
     another[2 + WISHES.index(wish)] = whose == "another"
     monkeypatch.setattr(dist, "all_reduce", lambda whole: whole.add_(another))
     own: dict[str, Any] = {name: name == wish and whose == "own" for name in WISHES}
-    agreed = agree(torch.zeros((), dtype=torch.float64), [torch.ones(4)], **own)
+    agreed = agree(torch.tensor([3.0, 4.0], dtype=torch.float64), lambda summed: (*summed.tolist(),), **own)
     assert {name: getattr(agreed, name) for name in WISHES} == {
         name: name == wish and whose != "nobody" for name in WISHES
     }
-    assert agreed.grad_norm == 2.0
+    assert (agreed.loss, agreed.grad_norm) == (3.0, 4.0)
