@@ -72,6 +72,9 @@ bench: setup      ## every benchmark, tables on the terminal
 	$(PY) -m bench.digest --quick
 	$(PY) -m bench.index --quick
 
+reshard-table: setup ## every row of the resharding table, written to docs/reshard.md
+	PYTHONPATH=tests $(PY) -m fakes.reshard_table docs/reshard.md
+
 lock: setup       ## write requirements/*.txt anew
 	$(BIN)/uv pip compile pyproject.toml --extra demo --extra s3 --group lint --universal --python-version 3.11 \
 	  --generate-hashes --no-emit-index-url --no-header -c requirements/constraints.in -o requirements/dev.txt
@@ -81,4 +84,4 @@ lock: setup       ## write requirements/*.txt anew
 clean:            ## remove the virtual environment and build output (the tool cache in the home folder stays)
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache
 
-.PHONY: help setup demo test test-unit test-process test-cluster check fmt verify bench lock clean
+.PHONY: help setup demo test test-unit test-process test-cluster check fmt verify bench reshard-table lock clean

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from stormjib_checkpoint import commit, history, layout, retention, verify
+from stormjib_checkpoint import commit, history, layout, plan_command, retention, verify
 from stormjib_checkpoint.interop import commands as interop
 from stormjib_checkpoint.ledger import audit as read_audit
 from stormjib_checkpoint.step import CommittedStep
@@ -225,3 +225,4 @@ def _flaws(storage: Storage, point: ResumePoint) -> dict[str, str]:
 
 
 interop.add_to(app)
+plan_command.add_to(app)

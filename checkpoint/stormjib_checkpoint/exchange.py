@@ -38,22 +38,14 @@ class Exchange:
 
     def run(self, plans: Sequence[FilePlan], sink: Sink) -> list[FilePlan]:
         """Put what is read once for several into the sink; what is left to read here. Every member calls it."""
-        wishes = _wishes(plans)
+        wishes = wishes_of(plans)
         own = {key: runs for key, (runs, _) in wishes.items()}
         every = self._group.gathered([number for key, runs in own.items() for number in (*key, *runs)])
         handed = handings([_read_back(row) for row in every], self._group.gathered(self._near))
         self._rounds(list(rounds(handed, self._group.size, WINDOW_BYTES)), wishes, sink)
         member = self._group.member
         mine = [one.key for one in handed if member == one.owner or member in one.receivers]
-        done = {id(work) for key in mine if key in wishes for work in wishes[key].work}
-        return [
-            FilePlan(
-                file.rank,
-                [read for read in file.reads if id(read) not in done],
-                [strip for strip in file.strips if id(strip) not in done],
-            )
-            for file in plans
-        ]
+        return without(plans, [wishes[key] for key in mine if key in wishes])
 
     def _rounds(self, all_: Sequence[Sequence[Handing]], wishes: Wishes, sink: Sink) -> None:
         """While one round is on its way, the next is read."""
@@ -106,7 +98,7 @@ class Wish(NamedTuple):
 Wishes = Mapping[Key, Wish]
 
 
-def _wishes(plans: Sequence[FilePlan]) -> Wishes:
+def wishes_of(plans: Sequence[FilePlan]) -> Wishes:
     """By what can be handed on. Bytes of which different parts are wanted here are not."""
     found: dict[Key, Wish] = {}
     for file in plans:
@@ -117,6 +109,19 @@ def _wishes(plans: Sequence[FilePlan]) -> Wishes:
             if wish.runs == runs:
                 wish.work.append(work)
     return found
+
+
+def without(plans: Sequence[FilePlan], done: Sequence[Wish]) -> list[FilePlan]:
+    """What is left when these wishes are fulfilled."""
+    gone = {id(work) for wish in done for work in wish.work}
+    return [
+        FilePlan(
+            file.rank,
+            [read for read in file.reads if id(read) not in gone],
+            [strip for strip in file.strips if id(strip) not in gone],
+        )
+        for file in plans
+    ]
 
 
 def _key(file: FilePlan, work: Read | Strip) -> Key:

@@ -15,7 +15,6 @@ import time
 from contextlib import contextmanager
 from copy import deepcopy
 from itertools import pairwise
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -36,7 +35,7 @@ from stormjib_checkpoint import layout as names
 from stormjib_checkpoint.commit import commit_step
 from stormjib_checkpoint.errors import DamagedCheckpoint
 from stormjib_checkpoint.files import Posix
-from stormjib_checkpoint.format import ITEM_BYTES, ResumePoint
+from stormjib_checkpoint.forecast import forecasts, total
 from stormjib_checkpoint.interop import dcp, deepspeed
 from stormjib_checkpoint.interop.inflow import bring_in
 from stormjib_checkpoint.layout import GenerationId
@@ -44,6 +43,7 @@ from stormjib_checkpoint.opening import open_next
 from stormjib_checkpoint.reader import Checkpoint
 from stormjib_checkpoint.spec.parsing import parse
 from stormjib_checkpoint.state import collect
+from stormjib_checkpoint.step import CommittedStep
 from stormjib_checkpoint.storage import Local
 from stormjib_checkpoint.tensors import DTYPES
 from stormjib_checkpoint.writer import split
@@ -51,6 +51,7 @@ from stormjib_checkpoint.writer import split
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
+    from stormjib_checkpoint.format import ResumePoint
     from stormjib_checkpoint.spec.layout import Layout, Patch
     from stormjib_checkpoint.storage import Storage
     from stormjib_checkpoint.tensors import Value
@@ -212,15 +213,18 @@ class Job:
 
         handed = together(layout.world, one)
         wanted = sum(nbytes(layout, rank, state.tensors) for rank in range(layout.world))
-        unique = sum(
-            prod(atom.shape) * ITEM_BYTES[atom.dtype]
-            for atom in Checkpoint(self.storage, point)._index.atoms.values()
-        )
+        atoms = CommittedStep(self.storage, point).atoms().atoms
+        unique = sum(atom.nbytes for atom in atoms.values())
+        if near is None and all(
+            tuple(atom.shape) == tuple(layout.atoms[name]) for name, atom in atoms.items()
+        ):
+            forecast = total(forecasts(layout, atoms, self.storage.request_bytes, {}))
+            assert (forecast.storage, forecast.received) == (self.storage.bytes_read, sum(handed))
         return Shown(wanted, unique, self.storage.bytes_read, sum(handed)), gathered(layout, locals_)
 
     def proves(self, point: ResumePoint, tensors: Tensors) -> None:
         """Asserts that the digests in the index are those of these tensors."""
-        atoms = Checkpoint(self.storage, point)._index.atoms
+        atoms = CommittedStep(self.storage, point).atoms().atoms
         assert atoms.keys() == tensors.keys()
         for name, atom in atoms.items():
             assert atom.digest == digests.of(tensors[name]), name
