@@ -68,7 +68,7 @@ def feed(
 def test_ten_reshapes_lose_no_sample_and_take_none_twice(
     lives: list[tuple[int, int, bool]], seed: int
 ) -> None:
-    """Each life has a number of ranks, trains some steps and saves, and may train some more that is lost."""
+    """§6.4. Each life has a number of ranks, trains some steps and saves, and may train some more that is lost."""
     storage, done = Local("/job", Disk()), 0
     order = Order(MIXED.sources, MIXED.lmb, seed)
     for number, (world, steps, lost) in enumerate(lives, start=1):

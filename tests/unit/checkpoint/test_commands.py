@@ -204,26 +204,26 @@ def test_plan_tells_what_a_load_would_read_and_reads_nothing(tmp_path: Path) -> 
     """What is told is what is read: `fakes.reshard_table` compares the two for every row of its table."""
     storage = Local(tmp_path)
     generation = open_next(storage).generation
-    for rank, (box, primary) in enumerate(Mesh((4,), (0,)).boxes((8, 6000))):
-        parts = [held("model.w", torch.randn(8, 6000), box, primary)]
+    for rank, (box, primary) in enumerate(Mesh((4,), (0,)).boxes((64, 6000))):
+        parts = [held("model.w", torch.randn(64, 6000), box, primary)]
         save_parts(storage, Part(1, GenerationId.parse(generation), rank, 4), parts, {}, {}, {})
     commit_step(storage, generation, 4, 1)
     for data in tmp_path.rglob("*.safetensors"):
         data.unlink()
     code, text = run("plan", tmp_path, "--to", "dp3", "--json")
     told = json.loads(text)
-    assert (code, told["bytes"]) == (0, 192_000)
-    assert [rank["storage"] for rank in told["ranks"]] == [72_000, 72_000, 48_000]
+    assert (code, told["bytes"]) == (0, 1_536_000)
+    assert [rank["storage"] for rank in told["ranks"]] == [528_000, 528_000, 480_000]
     whole = json.loads(run("plan", tmp_path, "--to", "rep4", "--json")[1])
-    assert sum(rank["storage"] for rank in whole["ranks"]) == 192_000, "read once for all four"
+    assert sum(rank["storage"] for rank in whole["ranks"]) == 1_536_000, "read once for all four"
     near = json.loads(run("plan", tmp_path, "--to", "dp4", "--near", "2", "--json")[1])
     assert [(rank["storage"], rank["memory"]) for rank in near["ranks"]] == [
-        (48, 0),
-        (48, 0),
-        (0, 48),
-        (48, 0),
+        (384_000, 0),
+        (384_000, 0),
+        (0, 384_000),
+        (384_000, 0),
     ]
-    assert "1.000 of each byte, in 3 requests" in run("plan", tmp_path, "--to", "dp3")[1]
+    assert "1.000 of each byte, in 6 requests" in run("plan", tmp_path, "--to", "dp3")[1]
 
 
 @pytest.mark.parametrize(
@@ -239,13 +239,13 @@ def test_plan_refuses_axes_that_it_does_not_understand(root: Path, to: str, why:
 
 def test_plan_with_a_spec_of_ones_own(tmp_path: Path) -> None:
     storage = Local(tmp_path)
-    commit_states(storage, {"model.w": torch.randn(8, 6000)})
+    commit_states(storage, {"model.w": torch.randn(64, 6000)})
     spec = tmp_path / "spec.json"
     spec.write_text(
         '{"axes": ["tp"], "sizes": {"unit": null}, "rules": [{"match": "w", "shard": [{"tp": 1, "unit": "unit"}]}]}'
     )
     code, text = run("plan", tmp_path, "--to", "tp3", "--spec", spec, "--size", "unit=2", "--json")
     assert code == 0
-    assert sum(rank["storage"] for rank in json.loads(text)["ranks"]) == 192_000
+    assert sum(rank["storage"] for rank in json.loads(text)["ranks"]) == 1_536_000
     code, text = run("plan", tmp_path, "--to", "tp3", "--spec", spec, "--size", "unit")
     assert (code, "--size unit is not of the form NAME=NUMBER" in text) == (1, True)

@@ -103,6 +103,7 @@ def test_what_one_mesh_saves_a_group_on_another_loads(
     target: Mesh,
     piece: int,
 ) -> None:
+    """§7.4"""
     monkeypatch.setattr(arena, "PIECE_BYTES", 16 * piece)
     monkeypatch.setattr(exchange, "SPAN", 64)
     monkeypatch.setattr(loading, "SLAB_BYTES", 48)
@@ -175,7 +176,7 @@ def test_damage_is_found_by_all_and_the_file_is_named_by_who_has_read_it(mesh: M
 
 
 def test_what_was_wrong_only_on_the_way_is_healed_from_the_storage(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A bit flips between two ranks: the sum tells, pieces are read from the storage, and the load is right."""
+    """§7.5. A bit flips between two ranks: the sum tells, pieces are read from the storage, and the load is right."""
     flipped: list[int] = []
     swapped = Member.swapped
 
