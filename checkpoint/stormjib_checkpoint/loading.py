@@ -71,13 +71,11 @@ class Loading:
         rest = [one for number, one in enumerate(wanted) if number not in apart]
         self._carefully([one for one in rest if one.name not in digested], near=True)
         trusted = [one for one in rest if one.name in digested]
-        shares = [share for one in apart.values() for share in one.shares] + self._read(trusted)
-        failed = unproved(shares, digested, self._group)
+        known = [share for one in apart.values() for share in one.shares]
+        failed = unproved([*known, *self._read(trusted)], digested, self._group)
         if failed:
-            again = [one for one in trusted if one.name in failed]
-            failed = unproved(
-                self._carefully(again, near=False), {name: digested[name] for name in failed}, self._group
-            )
+            again = self._carefully([one for one in trusted if one.name in failed], near=False)
+            failed = unproved([*known, *again], {name: digested[name] for name in failed}, self._group)
         if self._problem is not None:
             raise self._problem
         if failed:
