@@ -129,7 +129,8 @@ class Indexing:
             cutting = self._cuttings.of(whole)
             if cutting.flaw is not None:
                 raise Inconsistent(
-                    f"{self._place}: the ranks do not hold {name} exactly once: {cutting.flaw}"
+                    f"{self._place}: the ranks do not hold {name} exactly once: {cutting.flaw} (it is {whole.dtype} "
+                    f"{list(whole.shape)}); mend how the ranks cut it (a layout's rule for it, or the DTensor's placements) and save again"
                 )
             form, digest = (whole.dtype, whole.shape), whole.told_digest
             # Where bytes lie follows from what lies there only in files that are in order.

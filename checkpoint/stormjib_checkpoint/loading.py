@@ -11,8 +11,16 @@ from collections import defaultdict
 from typing import TYPE_CHECKING, NamedTuple
 
 from stormjib_checkpoint import layout
+from stormjib_checkpoint.agreeing import agreed
 from stormjib_checkpoint.boxes import Box, flaw, slabs
-from stormjib_checkpoint.errors import DamagedCheckpoint, MissingCheckpoint, NotThere, StateMismatch
+from stormjib_checkpoint.errors import (
+    DamagedCheckpoint,
+    LoadError,
+    MissingCheckpoint,
+    NotThere,
+    StateMismatch,
+    StorageError,
+)
 from stormjib_checkpoint.exchange import Exchange, span_of
 from stormjib_checkpoint.filling import Filling, Memory, Sink, pieces
 from stormjib_checkpoint.format import ITEM_BYTES
@@ -62,24 +70,27 @@ class Loading:
         group: Group,
     ) -> None:
         self._storage, self._step, self._index, self._near, self._group = storage, step, index, near, group
-        self._problem: DamagedCheckpoint | MissingCheckpoint | None = None
+        self._problem: LoadError | StorageError | None = None
 
     def fill(self, wanted: Sequence[Wanted]) -> None:
         """Fill every box. All members of the group call it, and together they want every atom. Raises LoadError, StorageError."""
         digested = self._digested(wanted)
-        apart = self._apart(wanted)
+        with agreed(self._group):
+            apart = self._apart(wanted)
         rest = [one for number, one in enumerate(wanted) if number not in apart]
         self._carefully([one for one in rest if one.name not in digested], near=True)
         trusted = [one for one in rest if one.name in digested]
-        known = [share for one in apart.values() for share in one.shares]
-        failed = unproved([*known, *self._read(trusted)], digested, self._group)
+        proved = [share for one in apart.values() for share in one.shares]
+        failed = unproved([*proved, *self._read(trusted)], digested, self._group)
         if failed:
             again = self._carefully([one for one in trusted if one.name in failed], near=False)
-            failed = unproved([*known, *again], {name: digested[name] for name in failed}, self._group)
-        if self._problem is not None:
-            raise self._problem
-        if failed:
-            raise DamagedCheckpoint(self._told(failed, wanted))
+            left = {name: digested[name] for name in failed}
+            failed = unproved([*(one for one in proved if one.atom in left), *again], left, self._group)
+        with agreed(self._group):
+            if self._problem is not None:
+                raise self._problem
+            if failed:
+                raise DamagedCheckpoint(self._told(failed, wanted))
         for one in apart.values():
             one.goal.finish()
 
@@ -131,7 +142,7 @@ class Loading:
         for file in self._plan(goals):
             try:
                 self._read_carefully(file, sink, near=near and self._is_near(file.rank))
-            except (DamagedCheckpoint, MissingCheckpoint) as error:
+            except (DamagedCheckpoint, MissingCheckpoint, StorageError) as error:
                 self._problem = self._problem or error
         return self._shares(sink, goals)
 
@@ -143,7 +154,7 @@ class Loading:
             goals = [Goal(aim) for aim in left[number]] if number < len(left) else []
             sink = Sink([goal.place for goal in goals])
             for file in self._handed_on(self._plan(goals), sink):
-                with contextlib.suppress(DamagedCheckpoint, MissingCheckpoint):
+                with contextlib.suppress(DamagedCheckpoint, MissingCheckpoint, StorageError):
                     self._read_file(file, sink)
             for goal in goals:
                 goal.finish()
@@ -177,13 +188,16 @@ class Loading:
     def _opened(self, rank: int) -> Iterator[Opened]:
         """A data file, from the memory of this node where it is there. Raises MissingCheckpoint, DamagedCheckpoint, StorageError."""
         path = self._step.data_path(rank)
-        with unreadable_is_damaged():
-            if self._near is not None and self._near.has(path):
-                with self._near.open(path) as opened:
-                    yield opened
-            else:
-                with self._stored(rank) as opened:
-                    yield opened
+        with unreadable_is_damaged(), contextlib.ExitStack() as stack:
+            near = self._near_file(path, stack)
+            yield near or stack.enter_context(self._stored(rank))
+
+    def _near_file(self, path: str, stack: contextlib.ExitStack) -> Opened | None:
+        """None where it is not in the memory of this node, or not any more: a rank that saves takes its room."""
+        if self._near is not None and self._near.has(path):
+            with contextlib.suppress(StorageError):
+                return stack.enter_context(self._near.open(path))
+        return None
 
     @contextlib.contextmanager
     def _stored(self, rank: int) -> Iterator[Opened]:
@@ -219,7 +233,10 @@ class Loading:
     def _bytes_of(self, key: Key) -> bytearray:
         """What others want of a file; of no content where it cannot be read: they will see that it is not what was written."""
         found = bytearray(key.length)
-        with contextlib.suppress(DamagedCheckpoint, MissingCheckpoint), self._opened(key.rank) as opened:
+        with (
+            contextlib.suppress(DamagedCheckpoint, MissingCheckpoint, StorageError),
+            self._opened(key.rank) as opened,
+        ):
             opened.read_into(key.start, memoryview(found))
         return found
 

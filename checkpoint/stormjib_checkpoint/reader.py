@@ -5,23 +5,25 @@ All refusals that the index can show (missing or extra names, shapes, types) com
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
-from fnmatch import fnmatchcase
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
+from torch.distributed.tensor import DTensor
 
+from stormjib_checkpoint.agreeing import agreed
 from stormjib_checkpoint.errors import DamagedCheckpoint, FormatError, StateMismatch
 from stormjib_checkpoint.loading import Loading, Wanted
+from stormjib_checkpoint.matching import InGroup, Mine, There, check, in_group
 from stormjib_checkpoint.objects import from_json
 from stormjib_checkpoint.proof import Alone
-from stormjib_checkpoint.spec.live import NOTHING, Here, Laid, here
+from stormjib_checkpoint.spec.live import NOTHING, Laid, here
 from stormjib_checkpoint.step import CommittedStep
-from stormjib_checkpoint.tensors import ABSENT, Held, Value, held
+from stormjib_checkpoint.tensors import ABSENT, held
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping, MutableMapping, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping
 
     from stormjib_checkpoint.index import IndexAtom
     from stormjib_checkpoint.node_memory import Near
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from stormjib_checkpoint.records import Json
     from stormjib_checkpoint.spec.layout import Layout
     from stormjib_checkpoint.storage import Storage
+    from stormjib_checkpoint.tensors import Held, Value
 
 T = TypeVar("T")
 ALONE = Alone()
@@ -56,7 +59,8 @@ def load(
     own part, and all parts are proved as one; a rank alone proves its part by checksums, for which it reads whole pieces.
     Raises MissingCheckpoint, DamagedCheckpoint, StateMismatch, StorageError.
     """
-    checkpoint = Checkpoint(storage, resume, rename, near)
+    with agreed(group):
+        checkpoint = Checkpoint(storage, resume, rename, near)
     checkpoint.fill(state, cast=cast, layout=layout, group=group)
     return checkpoint.train
 
@@ -94,11 +98,15 @@ class Checkpoint:
         layout: Layout | None = None,
         group: Group = ALONE,
     ) -> None:
-        """Fill the tensors of `state` in place and replace its scalars. Raises LoadError, SpecError, UnsupportedState, StorageError."""
-        told = here(layout, group.member) if layout is not None else NOTHING
-        laid = Laid(told, state, {name: atom.shape for name, atom in self.atoms.items()})
-        self.fill_parts(self._matched(state, told, laid.parts, cast, group), group=group)
-        laid.finish()
+        """Fill the tensors of `state` in place and replace its scalars. All members of a group call it, and where one raises all do.
+        Raises LoadError, SpecError, UnsupportedState, StorageError."""
+        with agreed(group):
+            mine, finish = self._mine(state, layout, group)
+        together = in_group(self._there, mine, group)
+        with agreed(group):
+            check(self._there, mine, together, cast)
+        self.fill_parts([*self._counted(state, mine.plain, together), *mine.laid], group=group)
+        finish()
         state.update(self.scalars)
 
     def fill_parts(self, parts: Iterable[Held], *, group: Group = ALONE) -> None:
@@ -114,47 +122,28 @@ class Checkpoint:
         except FormatError as error:
             raise DamagedCheckpoint(f"{self._step.folder}: {error}") from error
 
-    def _matched(
-        self,
-        state: Mapping[str, Value],
-        told: Here,
-        laid: Sequence[Held],
-        cast: Collection[str],
-        group: Group,
-    ) -> list[Held]:
-        """All boxes to fill, which are known to fit."""
-        tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    @property
+    def _there(self) -> There:
+        return There(self.atoms, self._first_names, self.scalars)
+
+    def _mine(
+        self, state: Mapping[str, Value], layout: Layout | None, group: Group
+    ) -> tuple[Mine, Callable[[], None]]:
+        """What there is to fill, and what is to be done when it is filled. Raises SpecError, UnsupportedState, StateMismatch."""
+        told = here(layout, group.member) if layout is not None else NOTHING
+        laid = Laid(told, state, {name: atom.shape for name, atom in self.atoms.items()})
+        tensors = {name: value for name, value in sorted(state.items()) if isinstance(value, torch.Tensor)}
+        plain = [held(name, value, 0, 1) for name, value in tensors.items() if not told.says(name, value)]
         scalars = {name: value for name, value in state.items() if name not in tensors}
-        plain = {name: value for name, value in tensors.items() if not told.says(name, value)}
-        # Of an atom with several names a layout may have one only.
-        there = {n for n in self.atoms if not laid or n in plain or self._first_names[n] == n}
-        _same_absences(scalars, self.scalars)
-        holders = _holders(plain.keys() | {part.name for part in laid}, there, group)
-        _same_names(tensors.keys() - told.locals.keys() | holders.keys(), there, "tensor")
-        _same_names(scalars.keys(), self.scalars.keys(), "scalar")
-        parts = [held(name, value, 0, holders[name]) for name, value in sorted(plain.items())]
-        casts = [*cast, *(part.name for part in laid if told.locals[part.tensor].dtype is not None)]
-        for part in (*parts, *laid):
-            _check_form(part, self.atoms[part.name], casts)
-        return [*parts, *laid]
+        return Mine(plain, laid.parts, told, scalars), laid.finish
 
-
-def _check_form(part: Held, atom: IndexAtom, cast: Collection[str]) -> None:
-    """Raises StateMismatch."""
-    may_be_cast = any(fnmatchcase(part.name, pattern) for pattern in cast)
-    if part.shape != atom.shape or not (part.dtype == atom.dtype or may_be_cast):
-        how = f"; to load it as {part.dtype}, name it in cast=" if part.shape == atom.shape else ""
-        raise StateMismatch(
-            f"{part.name} is {atom.dtype} {list(atom.shape)} in the checkpoint, "
-            f"{part.dtype} {list(part.shape)} in the state to fill{how}"
-        )
-
-
-def _holders(mine: Collection[str], there: Collection[str], group: Group) -> dict[str, int]:
-    """The names of the checkpoint that somebody in the group has, and how many: the stages of a pipeline have each their own."""
-    names = sorted(there)
-    counts = group.summed([int(name in mine) for name in names])
-    return {name: count for name, count in zip(names, counts, strict=True) if count}
+    def _counted(
+        self, state: Mapping[str, Value], plain: Iterable[Held], together: InGroup
+    ) -> Iterator[Held]:
+        """Tensors that do not say themselves how many there are of them."""
+        for part in plain:
+            copies = together.copies[self._first_names[part.name]]
+            yield part if isinstance(state[part.name], DTensor) else replace(part, copies=copies)
 
 
 def _renamed(table: Mapping[str, T], rename: Rename | None) -> dict[str, T]:
@@ -166,28 +155,3 @@ def _renamed(table: Mapping[str, T], rename: Rename | None) -> dict[str, T]:
         if other != name:
             raise StateMismatch(f"rename makes {rename(name)} of both {other} and {name} of the checkpoint")
     return {new: table[name] for new, name in found.items()}
-
-
-def _same_absences(wanted: Mapping[str, object], there: Mapping[str, object]) -> None:
-    for name in sorted(wanted.keys() | there.keys()):
-        if (wanted.get(name) is ABSENT) != (there.get(name) is ABSENT):
-            sides = ("state to fill", "checkpoint")
-            here, other = sides if wanted.get(name) is ABSENT else sides[::-1]
-            raise StateMismatch(
-                f"{name} is absent in the {here} and not in the {other}; `load` fills what is there, and `restore` makes and "
-                "removes the state of an optimizer"
-            )
-
-
-def _same_names(wanted: Collection[str], there: Collection[str], what: str) -> None:
-    for name in sorted(set(wanted) - set(there)):
-        raise StateMismatch(f"{what} {name} is not in the checkpoint{_nearest(name, there)}")
-    for name in sorted(set(there) - set(wanted)):
-        raise StateMismatch(
-            f"{what} {name} of the checkpoint is not in the state to fill{_nearest(name, wanted)}"
-        )
-
-
-def _nearest(name: str, names: Collection[str]) -> str:
-    near = difflib.get_close_matches(name, names, n=1)
-    return f"; the nearest there is {near[0]}" if near else ""

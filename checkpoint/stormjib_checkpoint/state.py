@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from stormjib_checkpoint.agreeing import agreed
 from stormjib_checkpoint.errors import StateMismatch, UnsupportedState
 from stormjib_checkpoint.reader import ALONE, Checkpoint
 from stormjib_checkpoint.tensors import ABSENT, DTYPES, Value
@@ -59,16 +60,17 @@ def restore(
     `rename`, `cast` and `group` are as in `reader.load`, and see the names of `collect`. State that the checkpoint lacks is taken away.
     Raises MissingCheckpoint, DamagedCheckpoint, StateMismatch, StorageError.
     """
-    checkpoint = Checkpoint(storage, resume, rename, near)
-    names = _parameter_names(model, optimizer)
-    tensors, scalars = _by_owner(checkpoint.atoms), _by_owner(checkpoint.scalars)
-    shaped = {}
-    for parameter, name in names.items():
-        owner = f"optim.{name}"
-        made = _shaped(optimizer, parameter, owner, tensors.get(owner, {}))
-        shaped[parameter] = {**made, **scalars.get(owner, {})}
-    state = _collect(model, optimizer, names, shaped)
-    _reconcile_options(state, checkpoint, rename)
+    with agreed(group):
+        checkpoint = Checkpoint(storage, resume, rename, near)
+        names = _parameter_names(model, optimizer)
+        tensors, scalars = _by_owner(checkpoint.atoms), _by_owner(checkpoint.scalars)
+        shaped = {}
+        for parameter, name in names.items():
+            owner = f"optim.{name}"
+            made = _shaped(optimizer, parameter, owner, tensors.get(owner, {}))
+            shaped[parameter] = {**made, **scalars.get(owner, {})}
+        state = _collect(model, optimizer, names, shaped)
+        _reconcile_options(state, checkpoint, rename)
     checkpoint.fill(state, cast=cast, group=group)
     _set_state(optimizer, names, shaped, state)
     return checkpoint.train

@@ -25,9 +25,8 @@ def check(layout: Layout) -> None:
     for atom, patches in held.items():
         problem = _problem(layout.atoms[atom], patches)
         if problem is not None:
-            rule = next(tensor.rule for tensor in layout.laid.tensors if atom in tensor.atoms)
             raise SpecError(
-                f"rule {rule.match!r}, {atom} of shape {list(layout.atoms[atom])} on a mesh of {dict(layout.laid.mesh)}: "
+                f"{layout.rule_of(atom)}, {atom} of shape {list(layout.atoms[atom])} on a mesh of {dict(layout.laid.mesh)}: "
                 f"{problem}; mend the rule, or the mesh"
             )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 from stormjib_checkpoint.errors import SpecError
@@ -97,7 +98,7 @@ def laid(spec: Spec, mesh: Mapping[str, int], shapes: Mapping[str, Sequence[int]
     axis = spec.place.over if spec.place is not None else ""
     bare = dict.fromkeys([*weights, *(source.bare for source in found)])
     stages = Stages(spec.place, known[axis] if axis else 1, bare)
-    making = _Making(spec, weights, found, _rules(spec, found), stages)
+    making = _Making(spec, weights, found, _rules(spec, found, weights), stages)
     tensors = tuple(tensor for family, there in grouped.items() for tensor in making.of_family(family, there))
     numbers = {**spec.sizes, **known}
     holding = Counter(atom for tensor in tensors for atom in tensor.atoms)
@@ -116,7 +117,7 @@ def _mesh(spec: Spec, mesh: Mapping[str, int]) -> dict[str, int]:
     return {**mesh, **{axis: 1 for axis in spec.axes if axis not in mesh}}
 
 
-def _rules(spec: Spec, found: Sequence[Source]) -> dict[str, Rule]:
+def _rules(spec: Spec, found: Sequence[Source], weights: Mapping[str, Shape]) -> dict[str, Rule]:
     """The rule of each tensor. Raises SpecError where two match one, or one matches none."""
     of: dict[str, Rule] = {}
     for source in found:
@@ -124,14 +125,28 @@ def _rules(spec: Spec, found: Sequence[Source]) -> dict[str, Rule]:
         if len(matching) > 1 and not source.tie:
             first, second = matching[:2]
             raise SpecError(
-                f"{source.bare} is matched by two rules, {first.match!r} and {second.match!r}; make one of them narrower"
+                f"{source.bare} is matched by two rules, {first.match!r} and {second.match!r} (it is made of shapes "
+                f"{_shapes(source, weights)}); make one of them narrower"
             )
         of[source.bare] = of[source.tie] if source.tie else (*matching, _NO_RULE)[0]
     used = set(map(id, of.values()))
     for rule in spec.rules:
         if id(rule) not in used:
-            raise SpecError(f"rule {rule.match!r} is unused: no tensor is called so; take it out, or mend it")
+            raise SpecError(
+                f"rule {rule.match!r} is unused: no tensor is called so{_nearest(rule, found, weights)}; take it out, or mend it"
+            )
     return of
+
+
+def _shapes(source: Source, weights: Mapping[str, Shape]) -> list[list[int]]:
+    return [list(weights[name]) for name in source.of]
+
+
+def _nearest(rule: Rule, found: Sequence[Source], weights: Mapping[str, Shape]) -> str:
+    """The tensor whose name is most like the pattern of a rule, for an error."""
+    by_name = {source.bare: source for source in found}
+    near = get_close_matches(rule.match, by_name, n=1, cutoff=0.0)
+    return f", the nearest is {near[0]}, made of shapes {_shapes(by_name[near[0]], weights)}" if near else ""
 
 
 class _Making:

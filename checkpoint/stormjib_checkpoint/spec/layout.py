@@ -65,6 +65,12 @@ class Layout:
         """Every atom and its shape as it is stored."""
         return self.laid.atoms
 
+    def rule_of(self, name: str) -> str:
+        """The rule of an atom or of a rank's tensor, as errors name it."""
+        rules = (t.rule.match for t in self.laid.tensors if name in (t.name, t.buffer, *t.atoms))
+        match = next(rules, "")
+        return f"rule {match!r}" if match else "no rule"
+
     def rank(self, rank: int) -> dict[str, Local]:
         """The tensors of a rank by their names. Raises SpecError, which names rule and tensor."""
         return _Rank(self.laid, Coordinate.of(self.laid, rank)).locals()

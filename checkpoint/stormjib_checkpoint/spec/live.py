@@ -12,7 +12,7 @@ from stormjib_checkpoint.errors import StateMismatch, UnsupportedState
 from stormjib_checkpoint.tensors import TAGS, Cut, Held, held, plain_memory
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from stormjib_checkpoint.spec.layout import Layout, Local, Patch
     from stormjib_checkpoint.tensors import Value
@@ -24,19 +24,21 @@ class Here(NamedTuple):
     locals: Mapping[str, Local]
     shapes: Mapping[str, Sequence[int]]
     """Of all atoms."""
+    rule_of: Callable[[str], str]
+    """The rule of an atom or a tensor."""
 
     def says(self, name: str, value: Value) -> bool:
         """Whether it says how this lies. What a DTensor says itself counts."""
         return name in self.locals and isinstance(value, torch.Tensor) and not isinstance(value, DTensor)
 
 
-NOTHING = Here({}, {})
+NOTHING = Here({}, {}, lambda _: "no layout")
 """Where there is no layout."""
 
 
 def here(layout: Layout, rank: int) -> Here:
     """Raises SpecError."""
-    return Here(layout.rank(rank), layout.atoms)
+    return Here(layout.rank(rank), layout.atoms, layout.rule_of)
 
 
 def held_by(told: Here, state: Mapping[str, Value]) -> list[Held]:
@@ -61,7 +63,8 @@ def _memory(told: Here, name: str, tensor: torch.Tensor) -> torch.Tensor:
     local, memory = told.locals[name], held(name, tensor, 0, 1).local
     if tuple(memory.shape) != local.shape:
         raise UnsupportedState(
-            f"{name} has shape {list(memory.shape)}, and the layout says {list(local.shape)}; mend the spec, or the mesh"
+            f"{name} has shape {list(memory.shape)}, and the layout says {list(local.shape)} ({told.rule_of(name)}); "
+            "mend the spec, or the mesh"
         )
     if local.dtype is not None and TAGS[memory.dtype] != local.dtype:
         raise UnsupportedState(
