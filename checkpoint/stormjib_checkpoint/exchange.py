@@ -46,14 +46,15 @@ class Exchange:
         member = self._group.member
         mine = [one.key for one in handed if member == one.owner or member in one.receivers]
         done = {id(work) for key in mine if key in wishes for work in wishes[key].work}
-        return [
+        left = (
             FilePlan(
                 file.rank,
                 [read for read in file.reads if id(read) not in done],
                 [strip for strip in file.strips if id(strip) not in done],
             )
             for file in plans
-        ]
+        )
+        return [file for file in left if file.reads or file.strips]  # to open one costs a request too
 
     def _rounds(self, all_: Sequence[Sequence[Handing]], wishes: Wishes, sink: Sink) -> None:
         """While one round is on its way, the next is read."""

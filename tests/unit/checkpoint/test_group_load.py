@@ -50,7 +50,7 @@ class Saved:
 
     def load(self, mesh: Mesh) -> list[int]:
         """What came to each rank from others. Raises what the load raises."""
-        self.storage.bytes_read = self.storage.requests = 0
+        self.storage.bytes_read = self.storage.requests = self.storage.opened = 0
 
         def one(member: Member) -> int:
             mine = parts_of(mesh, self.atoms, member.member)
@@ -259,3 +259,9 @@ def test_beside_the_tensors_no_more_than_a_window_is_taken(monkeypatch: pytest.M
     assert torch.equal(target, atom)
     assert max(taken) <= 1000
     assert len(loading.batches([])) == 1
+
+
+def test_files_of_which_all_has_been_handed_on_are_not_opened() -> None:
+    saved = Saved(Mesh((2,), (0,)), SOME)
+    saved.load(Mesh((4,), (None,)))
+    assert saved.storage.opened == 2, "by who reads them for all"

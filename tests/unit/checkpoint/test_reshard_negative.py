@@ -284,7 +284,7 @@ def test_of_several_failures_all_raise_the_worst() -> None:
     assert together(3, one) == ["StateMismatch rank 2: m", "StateMismatch rank 2: m", "StateMismatch m"]
     assert together(2, one) == ["DamagedCheckpoint d", "DamagedCheckpoint rank 0: d"]
     assert together(4, one)[1:] == [
-        *["StorageError rank 3: p: s. f. Mend it there, and load again."] * 2,
+        *["StorageError rank 3: p: s. f. Mend it there, and try again."] * 2,
         "StorageDenied p: s. f",
     ]
 
