@@ -33,7 +33,16 @@ def shared(parts: Sequence[Held]) -> list[list[Held]]:
             groups.append([part])
             device, reached = part.local.device, end
         reached = max(reached, end)
-    return [group for group in groups if len(group) > 1 or _may_meet_itself(group[0].local)]
+    return [
+        group
+        for group in groups
+        if not _is_one_tensors(group) and (len(group) > 1 or _may_meet_itself(group[0].local))
+    ]
+
+
+def _is_one_tensors(group: Sequence[Held]) -> bool:
+    """Boxes of one tensor, as a layout cuts it: they may lie between each other, and share no element."""
+    return all(part.cut is not None and part.tensor == group[0].tensor for part in group)
 
 
 def clash(group: Sequence[Held], values: Sequence[torch.Tensor]) -> str | None:
