@@ -371,3 +371,21 @@ def test_parts_that_lie_between_each_other_in_one_tensor_are_read_as_others_are(
     saved.storage.bytes_read = 0
     together(2, one)
     assert saved.storage.bytes_read == weight.numel() * 4, "and none of it in whole pieces"
+
+
+def test_what_nobody_else_wants_is_not_talked_about(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hundreds of ranks with ten thousand requests each would tell one another of them for minutes."""
+    told: list[int] = []
+    gathered = Member.gathered
+
+    def listen(member: Member, numbers: list[int]) -> list[list[int]]:
+        told.append(len(numbers))
+        return gathered(member, numbers)
+
+    monkeypatch.setattr(Member, "gathered", listen)
+    saved = Saved(Mesh((8,), (0,)), SOME)
+    saved.load(Mesh((7,), (0,)))
+    assert told
+    assert not any(told)
+    saved.load(Mesh((4,), (None,)))
+    assert any(told), "replicas do"
