@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from stormjib_checkpoint.errors import (
     CheckpointError,
     DamagedCheckpoint,
+    HistoryError,
     MissingCheckpoint,
     StateMismatch,
     StorageError,
@@ -43,16 +44,17 @@ def agreed(group: Group) -> Iterator[None]:
 
 
 def _gravity(problem: CheckpointError | None) -> int:
-    """Of a step there is another one to take; of a state or a storage there is not."""
+    """Of a step there is another one to take; of a state, a history or a storage there is not."""
     if problem is None:
         return 0
     if isinstance(problem, (DamagedCheckpoint, MissingCheckpoint)):
         return 1
-    return 3 if isinstance(problem, StorageError) else 2
+    kinds = (HistoryError, StorageError)
+    return next((3 + number for number, kind in enumerate(kinds) if isinstance(problem, kind)), 2)
 
 
 def _elsewhere(gravity: int, who: str, text: str) -> CheckpointError:
     """What those raise who have nothing of their own to say."""
-    if gravity == 3:
-        return StorageError(who, text, "Mend it there, and load again.")
-    return (DamagedCheckpoint if gravity == 1 else StateMismatch)(f"{who}: {text}")
+    if gravity == 4:
+        return StorageError(who, text, "Mend it there, and try again.")
+    return (DamagedCheckpoint, StateMismatch, HistoryError)[gravity - 1](f"{who}: {text}")

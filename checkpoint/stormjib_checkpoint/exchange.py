@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from stormjib_checkpoint.filling import runs_of
 from stormjib_checkpoint.plan import SPAN, FilePlan, Read, Strip
-from stormjib_checkpoint.sharing import Handing, Key, Runs, handings, rounds
+from stormjib_checkpoint.sharing import MANY, Handing, Key, Runs, handings, rounds
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
     from stormjib_checkpoint.filling import Sink
     from stormjib_checkpoint.proof import Group
@@ -36,12 +36,14 @@ class Exchange:
         """`near` are the ranks whose files lie in this node's memory. `read` gives bytes of a file."""
         self._group, self._near, self._read = group, near, read
 
-    def run(self, plans: Sequence[FilePlan], sink: Sink) -> list[FilePlan]:
-        """Put what is read once for several into the sink; what is left to read here. Every member calls it."""
-        wishes = wishes_of(plans)
+    def run(self, plans: Sequence[FilePlan], copies: Sequence[int], sink: Sink) -> list[FilePlan]:
+        """Put what is read once for several into the sink; what is left to read here. Every member calls it. `copies`: on how many members
+        each target is."""
+        near = self._group.gathered(self._near)
+        wishes = wishes_of(plans, copies, {rank for some in near for rank in some})
         own = {key: runs for key, (runs, _) in wishes.items()}
         every = self._group.gathered([number for key, runs in own.items() for number in (*key, *runs)])
-        handed = handings([_read_back(row) for row in every], self._group.gathered(self._near))
+        handed = handings([_read_back(row) for row in every], near)
         self._rounds(list(rounds(handed, self._group.size, WINDOW_BYTES)), wishes, sink)
         member = self._group.member
         mine = [one.key for one in handed if member == one.owner or member in one.receivers]
@@ -98,11 +100,15 @@ class Wish(NamedTuple):
 Wishes = Mapping[Key, Wish]
 
 
-def wishes_of(plans: Sequence[FilePlan]) -> Wishes:
-    """By what can be handed on. Bytes of which different parts are wanted here are not."""
+def wishes_of(plans: Sequence[FilePlan], copies: Sequence[int], near: Collection[int]) -> Wishes:
+    """By what may be handed on: bytes that many want, or parts of whose rows others want, or that lie in some node's memory. Of all else
+    nobody need know: of large models that is millions of requests. Bytes of which different parts are wanted here are not handed on."""
     found: dict[Key, Wish] = {}
     for file in plans:
-        every: list[Read | Strip] = [*file.reads, *file.strips]
+        many = (
+            r for r in file.reads if file.rank in near or any(copies[cut.target] >= MANY for cut in r.cuts)
+        )
+        every: list[Read | Strip] = [*many, *file.strips]
         for work in every:
             runs = _runs(work)
             wish = found.setdefault(_key(file, work), Wish(runs, []))
@@ -112,16 +118,17 @@ def wishes_of(plans: Sequence[FilePlan]) -> Wishes:
 
 
 def without(plans: Sequence[FilePlan], done: Sequence[Wish]) -> list[FilePlan]:
-    """What is left when these wishes are fulfilled."""
+    """What is left when these wishes are fulfilled, of files of which something is: to open one costs a request too."""
     gone = {id(work) for wish in done for work in wish.work}
-    return [
+    left = (
         FilePlan(
             file.rank,
             [read for read in file.reads if id(read) not in gone],
             [strip for strip in file.strips if id(strip) not in gone],
         )
         for file in plans
-    ]
+    )
+    return [file for file in left if file.reads or file.strips]
 
 
 def _key(file: FilePlan, work: Read | Strip) -> Key:

@@ -39,9 +39,15 @@ def forecasts(
     near: Mapping[int, Collection[int]],
 ) -> list[Forecast]:
     """Of each rank of a layout. `near` says of which ranks that saved the files lie in whose memory."""
-    plans = [_plan(layout, rank, atoms, request_bytes) for rank in range(layout.world)]
+    targets = [_targets(layout, rank) for rank in range(layout.world)]
+    span = span_of(layout.world)
+    plans = [plan(some, atoms, request_bytes, span) for some in targets]
     having = [near.get(rank, ()) for rank in range(layout.world)]
-    wishes = [wishes_of(files) for files in plans]
+    lying = {rank for some in having for rank in some}
+    wishes = [
+        wishes_of(files, [target.copies for target in some], lying)
+        for files, some in zip(plans, targets, strict=True)
+    ]
     handed = (
         handings([{key: wish.runs for key, wish in one.items()} for one in wishes], having)
         if layout.world > 1
@@ -55,15 +61,15 @@ def total(all_: Sequence[Forecast]) -> Forecast:
     return Forecast(*map(sum, zip(*all_, strict=True)))
 
 
-def _plan(layout: Layout, rank: int, atoms: Mapping[str, IndexAtom], request_bytes: int) -> list[FilePlan]:
-    patches = {
+def _targets(layout: Layout, rank: int) -> list[Target]:
+    """What a rank wants, each box once."""
+    copies = {
         (patch.atom, patch.box): patch.copies
         for local in layout.rank(rank).values()
         for patch in local.patches
         if patch.box.volume
     }
-    targets = [Target(name, box, copies) for (name, box), copies in patches.items()]
-    return plan(targets, atoms, request_bytes, span_of(layout.world))
+    return [Target(name, box, count) for (name, box), count in copies.items()]
 
 
 def _forecast(

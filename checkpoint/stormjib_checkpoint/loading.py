@@ -153,7 +153,7 @@ class Loading:
         for number in range(self._group.highest([len(left)])[0]):
             goals = [Goal(aim) for aim in left[number]] if number < len(left) else []
             sink = Sink([goal.place for goal in goals])
-            for file in self._handed_on(self._plan(goals), sink):
+            for file in self._handed_on(goals, sink):
                 with contextlib.suppress(DamagedCheckpoint, MissingCheckpoint, StorageError):
                     self._read_file(file, sink)
             for goal in goals:
@@ -170,12 +170,14 @@ class Loading:
             for want, one in rows
         ]
 
-    def _handed_on(self, plans: list[FilePlan], sink: Sink) -> list[FilePlan]:
+    def _handed_on(self, goals: Sequence[Goal], sink: Sink) -> list[FilePlan]:
         """What is left to read here, when what is read once for several members of the group has come."""
+        plans = self._plan(goals)
         if self._group.size == 1:
             return plans
+        copies = [goal.aim.want.part.copies for goal in goals]
         near = [rank for rank in range(self._step.manifest.world) if self._is_near(rank)]
-        return Exchange(self._group, near, self._bytes_of).run(plans, sink)
+        return Exchange(self._group, near, self._bytes_of).run(plans, copies, sink)
 
     def _is_near(self, rank: int) -> bool:
         return self._near is not None and self._near.has(self._step.data_path(rank))

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from stormjib_checkpoint.index import IndexAtom
 
 MODULUS = 1 << 64
-MANY = 40
-"""Where the parts of an atom have different numbers of copies, up to so many: their common multiple fits into 64 bits."""
+MOST = 1 << 20
+"""What copies are weighed with is no more than this: times the elements of an atom it fits into 64 bits."""
 
 
 class Group(Protocol):
@@ -97,13 +97,17 @@ def unproved(shares: Iterable[Share], atoms: Mapping[str, IndexAtom], group: Gro
 
 def _multiples(names: Sequence[str], mine: Mapping[str, Sequence[Share]], group: Group) -> list[int]:
     """For each name a number that all copies of its parts divide; 0 where none is small enough."""
-    copies = [[share.copies for share in mine.get(name, ())] for name in names]
+    copies = [{share.copies for share in mine.get(name, ())} for name in names]
     most = group.highest([max(some, default=1) for some in copies])
     mixed = group.highest([int(any(m % one for one in some)) for m, some in zip(most, copies, strict=True)])
-    return [
-        m if not differ else lcm(*range(1, m + 1)) if m <= MANY else 0
-        for m, differ in zip(most, mixed, strict=True)
-    ]
+    if any(mixed):
+        own = [pair for pair in enumerate(copies) if mixed[pair[0]]]
+        for row in group.gathered(
+            [number for at, some in own for one in sorted(some) for number in (at, one)]
+        ):
+            for at, one in zip(row[::2], row[1::2], strict=True):
+                most[at] = lcm(most[at], one)
+    return [multiple if multiple <= MOST else 0 for multiple in most]
 
 
 def _holds(atom: IndexAtom, multiple: int, digest: int, elements: int) -> bool:

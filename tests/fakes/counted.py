@@ -15,17 +15,19 @@ if TYPE_CHECKING:
 
 
 class Counted(Local):
-    """As Local; `bytes_read` are the bytes, and `requests` the calls, of data files only."""
+    """As Local; `bytes_read` are the bytes, `requests` the calls, and `opened` how often one was opened, of data files only."""
 
     def __init__(self, root: str, files: Files, request_bytes: int = Local.request_bytes) -> None:
         super().__init__(root, files)
         self.request_bytes = request_bytes
-        self.bytes_read = self.requests = 0
+        self.bytes_read = self.requests = self.opened = 0
 
     @contextlib.contextmanager
     def open(self, path: str) -> Iterator[Opened]:
         with super().open(path) as file:
-            yield _File(file, self) if path.endswith(".safetensors") else file
+            is_data = path.endswith(".safetensors")
+            self.opened += is_data
+            yield _File(file, self) if is_data else file
 
 
 class _File:

@@ -24,7 +24,7 @@ def run(world: int, folder: Path, body: Callable[..., None], *arguments: Any) ->
     """
     context = multiprocessing.get_context("forkserver")
     # FSDP2 imports dynamo in its first step: 0.8 CPU-seconds that no rank needs to pay.
-    context.set_forkserver_preload(["torch._dynamo", "fakes.fsdp_ranks"])
+    context.set_forkserver_preload(["torch._dynamo", "fakes.fsdp_ranks", "fakes.reshard_ranks"])
     meeting = folder / f"meeting-{secrets.token_hex(4)}"
     ranks = [
         context.Process(target=_rank, args=(rank, world, str(meeting), body, arguments))

@@ -20,6 +20,7 @@ import torch
 
 from stormjib_checkpoint import reader
 from stormjib_checkpoint import state as states
+from stormjib_checkpoint.agreeing import agreed
 from stormjib_checkpoint.commit import commit_when_complete
 from stormjib_checkpoint.engine import device, group, torn
 from stormjib_checkpoint.engine.berths import Berths
@@ -306,11 +307,12 @@ class Engine:
 
     def _open(self, refused: Sequence[str]) -> None:
         note = ""
-        if self.rank == 0:
-            opening = open_next(self.storage, self._job_uid, refused)
-            for passed_over in opening.notes:
-                _log.warning("%s", passed_over)
-            note = json.dumps([opening.generation, opening.resume])
+        with agreed(group.World()):
+            if self.rank == 0:
+                opening = open_next(self.storage, self._job_uid, refused)
+                for passed_over in opening.notes:
+                    _log.warning("%s", passed_over)
+                note = json.dumps([opening.generation, opening.resume])
         self.generation, point = json.loads(group.from_rank_0(note))
         self.resume = ResumePoint(*point) if point else None
 

@@ -3,6 +3,7 @@ copy was wrong."""
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
 import pytest
@@ -14,21 +15,25 @@ from fakes.counted import Counted
 from fakes.disk import Disk
 from fakes.groups import Member, together
 from fakes.meshes import Mesh, dtypes, filled, held, meshes, raw, shapes, zeros
-from fakes.saving import save_parts
+from fakes.saving import commit_states, save_parts
 from stormjib_checkpoint import digest, exchange, loading, tensors
 from stormjib_checkpoint.boxes import whole
 from stormjib_checkpoint.commit import commit_step
 from stormjib_checkpoint.engine import arena
 from stormjib_checkpoint.errors import DamagedCheckpoint, StateMismatch
 from stormjib_checkpoint.layout import GenerationId
+from stormjib_checkpoint.node_memory import Near
 from stormjib_checkpoint.opening import open_generation
 from stormjib_checkpoint.reader import Checkpoint
+from stormjib_checkpoint.spec.parsing import parse
+from stormjib_checkpoint.storage import Local
 from stormjib_checkpoint.writer import Part
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from stormjib_checkpoint.format import ResumePoint
+    from stormjib_checkpoint.storage import Opened, Storage
     from stormjib_checkpoint.tensors import Held, Value
 
 ROOT = "/job"
@@ -50,7 +55,7 @@ class Saved:
 
     def load(self, mesh: Mesh) -> list[int]:
         """What came to each rank from others. Raises what the load raises."""
-        self.storage.bytes_read = self.storage.requests = 0
+        self.storage.bytes_read = self.storage.requests = self.storage.opened = 0
 
         def one(member: Member) -> int:
             mine = parts_of(mesh, self.atoms, member.member)
@@ -260,3 +265,128 @@ def test_beside_the_tensors_no_more_than_a_window_is_taken(monkeypatch: pytest.M
     assert torch.equal(target, atom)
     assert max(taken) <= 1000
     assert len(loading.batches([])) == 1
+
+
+def test_files_of_which_all_has_been_handed_on_are_not_opened() -> None:
+    saved = Saved(Mesh((2,), (0,)), SOME)
+    saved.load(Mesh((4,), (None,)))
+    assert saved.storage.opened == 2, "by who reads them for all"
+
+
+class Spoiled(Near):
+    """A node's memory that has every file: with its last byte changed, or gone when it is opened."""
+
+    def __init__(self, storage: Storage, gone: bool) -> None:
+        self._of, self._gone = storage, gone
+
+    def has(self, path: str) -> bool:
+        return True
+
+    @contextlib.contextmanager
+    def open(self, path: str) -> Iterator[Opened]:
+        with self._of.open(f"{path}.lost" if self._gone else path) as file:
+            yield Flipped(file)
+
+
+class Flipped:
+    def __init__(self, file: Opened) -> None:
+        self._file, self.size = file, file.size
+
+    def read_into(self, offset: int, buffer: memoryview) -> int:
+        found = self._file.read_into(offset, buffer)
+        if offset + found == self.size:
+            buffer[-1] ^= 1
+        return found
+
+
+@pytest.mark.parametrize("gone", [True, False])
+@pytest.mark.parametrize("size", [1, 3])
+def test_what_a_nodes_memory_has_lost_or_changed_is_read_from_the_storage(size: int, gone: bool) -> None:
+    saved = Saved(Mesh((1,), (0,)), SOME)
+
+    def one(member: Member) -> None:
+        near = Spoiled(saved.storage, gone) if member.member == 0 else None
+        state: dict[str, Value] = {name: torch.zeros_like(value) for name, value in SOME.items()}
+        Checkpoint(saved.storage, saved.point, None, near).fill(state, group=member)
+        for name, value in SOME.items():
+            found = state[name]
+            assert isinstance(found, torch.Tensor)
+            assert raw(found) == raw(value)
+
+    together(size, one)
+
+
+def test_what_shares_memory_counts_too_when_the_rest_is_healed() -> None:
+    """One rank has both atoms in one memory, which is read apart; what the other has read of its node's memory is wrong, and read again."""
+    value = filled((4, 2), torch.float32, 1)
+    saved = Saved(Mesh((1,), (0,)), {"model.a": value, "model.b": value.clone()})
+
+    def one(member: Member) -> None:
+        first = torch.zeros(4, 2)
+        state: dict[str, Value] = {
+            "model.a": first,
+            "model.b": first if member.member == 0 else torch.zeros(4, 2),
+        }
+        near = Spoiled(saved.storage, gone=False) if member.member == 1 else None
+        Checkpoint(saved.storage, saved.point, None, near).fill(state, group=member)
+        assert all(torch.equal(one, value) for one in state.values() if isinstance(one, torch.Tensor))
+
+    together(2, one)
+
+
+def test_of_tied_names_each_rank_may_have_one_or_both() -> None:
+    """The last stage of a pipeline has the embedding under both of its names, in one memory; the first one has it under one."""
+    storage = Local(ROOT, Disk())
+    weight = filled((4, 2), torch.float32, 1)
+    point = commit_states(storage, {"model.emb": weight, "model.head": weight})
+
+    def one(member: Member) -> None:
+        mine = torch.zeros(4, 2)
+        state: dict[str, Value] = {"model.emb": mine}
+        if member.member:
+            state["model.head"] = mine if member.member == 1 else torch.zeros(4, 2)
+        Checkpoint(storage, point).fill(state, group=member)
+        assert all(torch.equal(one, weight) for one in state.values() if isinstance(one, torch.Tensor))
+
+    for size in (2, 3, 5):
+        together(size, one)
+
+
+def test_parts_that_lie_between_each_other_in_one_tensor_are_read_as_others_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Gate and up along the last dimension: rows of the one follow rows of the other, and share no element."""
+    rule = {"match": "w", "parts": {"dim": 1, "of": [1, 1]}, "shard": [{"tp": "parts"}]}
+    layout = parse({"axes": ["tp"], "rules": [rule]}).on({"tp": 2}, {"model.w": (3, 8)})
+    weight = filled((3, 8), torch.float32, 1)
+    saved = Saved(Mesh((1,), (0,)), {"model.w": weight})
+
+    def one(member: Member) -> None:
+        state: dict[str, Value] = {"model.w": torch.zeros(3, 4)}
+        Checkpoint(saved.storage, saved.point).fill(state, layout=layout, group=member)
+        first = 2 * member.member
+        wanted = torch.cat([weight[:, first : first + 2], weight[:, 4 + first : 6 + first]], 1)
+        assert isinstance(state["model.w"], torch.Tensor)
+        assert torch.equal(state["model.w"], wanted)
+
+    saved.storage.bytes_read = 0
+    together(2, one)
+    assert saved.storage.bytes_read == weight.numel() * 4, "and none of it in whole pieces"
+
+
+def test_what_nobody_else_wants_is_not_talked_about(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hundreds of ranks with ten thousand requests each would tell one another of them for minutes."""
+    told: list[int] = []
+    gathered = Member.gathered
+
+    def listen(member: Member, numbers: list[int]) -> list[list[int]]:
+        told.append(len(numbers))
+        return gathered(member, numbers)
+
+    monkeypatch.setattr(Member, "gathered", listen)
+    saved = Saved(Mesh((8,), (0,)), SOME)
+    saved.load(Mesh((7,), (0,)))
+    assert told
+    assert not any(told)
+    saved.load(Mesh((4,), (None,)))
+    assert any(told), "replicas do"

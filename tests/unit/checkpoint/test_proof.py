@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fakes.groups import Member, together
 from fakes.indices import index_of
 from stormjib_checkpoint.format import AtomRow, StoredBox
-from stormjib_checkpoint.proof import MANY, MODULUS, Alone, Share, unproved
+from stormjib_checkpoint.proof import MODULUS, MOST, Alone, Share, unproved
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -80,8 +80,18 @@ def test_the_sum_of_two_halves_that_are_half_too_much_is_no_proof() -> None:
     assert unproved([row(0), row(1), row(2), Share("w", 1, 0, DIGESTS[3])], WHOLE, Alone()) == ["w"]
 
 
+def test_parts_may_have_many_copies_and_others_nearly_as_many() -> None:
+    """Key heads on three and on two ranks of five, and of all that 32 replicas."""
+    shares = {
+        member: [row(0, 96), row(1, 96)] if member < 96 else [row(2, 64), row(3, 64)] for member in range(160)
+    }
+    assert told(160, shares) == [[]] * 160
+    shares[100] = [row(2, 64), row(3, 64, 1)]
+    assert told(160, shares) == [["w"]] * 160
+
+
 def test_more_different_copies_than_can_be_weighed_are_not_proved() -> None:
-    shares = {0: [row(0, MANY + 2), row(1, MANY + 2)], 1: [row(2, 3), row(3, 3)]}
+    shares = {0: [row(0, MOST), row(1, MOST)], 1: [row(2, 3), row(3, 3)]}
     assert told(2, shares) == [["w"]] * 2
 
 

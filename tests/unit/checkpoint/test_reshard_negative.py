@@ -130,13 +130,13 @@ def load(
     return act
 
 
-def changed(change: Callable[[Patch], Patch]) -> Callable[[Saved], object]:
+def changed(change: Callable[[Patch], Patch]) -> Callable[[Saved], None]:
     """A spec whose patches are wrong, as a mistake in an operator would make them."""
 
-    def act(_: Saved) -> object:
+    def act(_: Saved) -> None:
         with pytest.MonkeyPatch.context() as patch:
             wrong(patch, change)
-            return check(laid(2, ROWS))
+            check(laid(2, ROWS))
 
     return act
 
@@ -284,7 +284,7 @@ def test_of_several_failures_all_raise_the_worst() -> None:
     assert together(3, one) == ["StateMismatch rank 2: m", "StateMismatch rank 2: m", "StateMismatch m"]
     assert together(2, one) == ["DamagedCheckpoint d", "DamagedCheckpoint rank 0: d"]
     assert together(4, one)[1:] == [
-        *["StorageError rank 3: p: s. f. Mend it there, and load again."] * 2,
+        *["StorageError rank 3: p: s. f. Mend it there, and try again."] * 2,
         "StorageDenied p: s. f",
     ]
 
@@ -319,7 +319,7 @@ def test_a_load_that_breaks_off_is_begun_again_without_harm(
     for rank, state in enumerate(states):
         for name, value in cut(THREE, rank, full()).items():
             assert isinstance(value, torch.Tensor)
-            assert torch.equal(state[name], value), f"{name} on rank {rank}"  # type: ignore[arg-type]
+            assert torch.equal(state[name], value), f"{name} on rank {rank}"
     assert saved.bytes() == before
 
 
@@ -335,7 +335,7 @@ def test_what_is_renamed_is_filled_as_a_layout_says_and_what_is_left_over_is_tol
         state = cut(renamed, member.member)
         Checkpoint(saved.storage, point, rename).fill(state, layout=renamed, group=member)
         wanted = {rename(name): value for name, value in cut(THREE, member.member, full()).items()}
-        assert all(torch.equal(state[name], wanted[name]) for name in wanted)  # type: ignore[arg-type]
+        assert all(torch.equal(state[name], wanted[name]) for name in wanted)
         less = laid(3, atoms={"model.b": (5,)})
         with pytest.raises(StateMismatch, match=re.escape("model.z.w of the checkpoint is not in the state")):
             Checkpoint(saved.storage, point, rename).fill(cut(less, member.member), layout=less, group=member)
