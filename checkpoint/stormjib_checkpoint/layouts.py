@@ -210,7 +210,9 @@ def _tried(
         need = memory_bytes(model, layout)
         if need <= machine.memory_bytes:
             return Fit(size, layout, need)
-    return Rejected(size, layout, f"needs {gib(need)} a rank, and there are {gib(machine.memory_bytes)}")
+    return Rejected(
+        size, layout, f"needs {size_text(need)} a rank, and there are {size_text(machine.memory_bytes)}"
+    )
 
 
 def _misfit(model: Model, size: int, pp: int, tp: int, nodes: Sequence[int]) -> str | None:
@@ -229,9 +231,9 @@ def _misfit(model: Model, size: int, pp: int, tp: int, nodes: Sequence[int]) -> 
     return None
 
 
-def gib(size: int) -> str:
-    """A size as a person reads it."""
-    return f"{size / 2**30:.1f} GiB"
+def size_text(size: int) -> str:
+    """Bytes as a person reads them."""
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{ceil(size / 2**20)} MiB"
 
 
 # --- what it brings ---------------------------------------------------------------------------------------------------
