@@ -12,60 +12,15 @@ from itertools import product
 from math import ceil, log2
 from typing import TYPE_CHECKING, NamedTuple
 
+from stormjib_checkpoint.sizing import Layout, memory_bytes, with_copies
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-OPTIMIZER_BYTES = 12
-"""Of each parameter: a master weight and the two moments of Adam, four bytes each."""
-SLACK = 0.10
-"""What allocators and communication take on top, as a share."""
+    from stormjib_checkpoint.sizing import Model
+
 GAIN = 0.05
 """What another tensor or pipeline degree must gain over keeping them: it moves nearly all of the state."""
-GATHERED_LAYERS = 2
-"""Of sharded weights: the layer that is computed and the one that is fetched meanwhile are whole."""
-
-
-class Layout(NamedTuple):
-    """How ranks share a model: `pp` stages of `tp` ranks, their state cut into `shard` parts, and all that `replicate` times."""
-
-    pp: int = 1
-    replicate: int = 1
-    shard: int = 1
-    tp: int = 1
-
-    @property
-    def world(self) -> int:
-        return self.pp * self.replicate * self.shard * self.tp
-
-    @property
-    def data(self) -> int:
-        """On how many parts the batch is spread."""
-        return self.replicate * self.shard
-
-    def __str__(self) -> str:
-        return f"pp{self.pp}.dp{self.replicate}.fsdp{self.shard}.tp{self.tp}"
-
-
-@dataclass(frozen=True)
-class Model:
-    """What is trained. Bytes count one parameter; the optimizer takes `OPTIMIZER_BYTES` beside them."""
-
-    parameters: int
-    layers: int
-    heads: int
-    weight_bytes: int = 4
-    gradient_bytes: int = 4
-    activation_bytes: int = 0
-    """Of one micro-batch in the whole model."""
-    micro_batches: int = 1
-    """Logical ones in a step: their number does not depend on the layout."""
-    uneven_heads: bool = False
-    """Whether tensor ranks may hold different numbers of heads."""
-
-    @property
-    def stored_bytes(self) -> int:
-        """What another layout must find again: weights and optimizer."""
-        return self.parameters * (self.weight_bytes + OPTIMIZER_BYTES)
 
 
 @dataclass(frozen=True)
@@ -101,7 +56,7 @@ class Limits:
     pp: tuple[int, ...] = (1,)
     tp: tuple[int, ...] = (1,)
     replicate: int = 1
-    """Wanted; the most that divide the data ranks and are not above it are taken."""
+    """Wanted; the most are taken that divide the data ranks, are not above it and leave room in the memory."""
     horizon_s: float = 3600.0
     """How far ahead a decision looks."""
 
@@ -130,6 +85,15 @@ class Transition(NamedTuple):
     peers: int
     store: int
     seconds: float
+
+
+class Fit(NamedTuple):
+    """A layout that there is room for."""
+
+    nodes: int
+    layout: Layout
+    memory_bytes: int
+    """Of the fullest rank."""
 
 
 class Scored(NamedTuple):
@@ -173,11 +137,15 @@ def choose(
 
     Equal input gives the equal answer. Raises nothing: where no candidate fits, `best` is None and every reason is told.
     """
-    fitting, rejected = _candidates(model, machine, limits, sorted(nodes, reverse=True), before)
-    if not fitting:
-        return Choice(Action.WAIT, None, tuple(rejected))
-    best = _settled(fitting, before)
-    rejected += [Rejected(one.nodes, one.layout, _why_not(one, best)) for one in fitting if one != best]
+    fits, misfits = fitting(model, machine, limits, nodes)
+    if not fits:
+        return Choice(Action.WAIT, None, misfits)
+    scored = [_scored(model, machine, limits, one, before) for one in fits]
+    best = _settled(scored, before)
+    rejected = [
+        *misfits,
+        *(Rejected(one.nodes, one.layout, _why_not(one, best)) for one in scored if one != best),
+    ]
     if (
         before is not None
         and spare_s is not None
@@ -208,20 +176,6 @@ def table(
 # --- what fits --------------------------------------------------------------------------------------------------------
 
 
-def memory_bytes(model: Model, layout: Layout) -> int:
-    """Of the fullest rank: its share of the state, the gathered layers, activations, and slack."""
-    stage = ceil(model.layers / layout.pp) / model.layers
-    heads = ceil(model.heads / layout.tp) / model.heads
-    held = model.parameters * stage * heads
-    state = held * (model.weight_bytes + model.gradient_bytes + OPTIMIZER_BYTES) / layout.shard
-    gathered = 0.0
-    if layout.shard > 1:
-        gathered = GATHERED_LAYERS * model.parameters / model.layers * heads * model.weight_bytes
-    # A stage has as many micro-batches under way as there are stages, and of each its own part of the layers.
-    activations = model.activation_bytes * heads
-    return ceil((state + gathered + activations) * (1 + SLACK))
-
-
 def step_seconds(model: Model, machine: Machine, layout: Layout) -> float:
     """Measured, or estimated: micro-batches that do not divide evenly, bubbles of the pipeline and tensor exchange cost time."""
     if layout in machine.measured:
@@ -232,26 +186,33 @@ def step_seconds(model: Model, machine: Machine, layout: Layout) -> float:
     return (rounds + layout.pp - 1) * one
 
 
-def _candidates(
-    model: Model, machine: Machine, limits: Limits, nodes: Sequence[int], before: Standing | None
-) -> tuple[list[Scored], list[Rejected]]:
-    fitting: list[Scored] = []
-    rejected: list[Rejected] = []
-    for size, pp, tp in product(
-        sorted(set(limits.sizes), reverse=True), sorted(set(limits.pp)), sorted(set(limits.tp))
-    ):
-        reason = _misfit(model, size, pp, tp, nodes)
-        if reason is not None:
-            rejected.append(Rejected(size, Layout(pp=pp, tp=tp), reason))
-            continue
-        layout = _layout(size * nodes[size - 1], pp, tp, limits.replicate)
+def fitting(
+    model: Model, machine: Machine, limits: Limits, nodes: Sequence[int]
+) -> tuple[tuple[Fit, ...], tuple[Rejected, ...]]:
+    """What can be laid out and has room, and why the rest cannot or has not. `nodes`: the ranks of each that lives.
+
+    Of each size, pipeline and tensor degree the layout with the most copies of a shard that there is room for.
+    """
+    nodes = sorted(nodes, reverse=True)
+    degrees = product(sorted(set(limits.sizes), reverse=True), sorted(set(limits.pp)), sorted(set(limits.tp)))
+    tried = [_tried(model, machine, limits, Layout(pp=pp, tp=tp), size, nodes) for size, pp, tp in degrees]
+    fits = tuple(one for one in tried if isinstance(one, Fit))
+    return fits, tuple(one for one in tried if isinstance(one, Rejected))
+
+
+def _tried(
+    model: Model, machine: Machine, limits: Limits, degrees: Layout, size: int, nodes: Sequence[int]
+) -> Fit | Rejected:
+    reason = _misfit(model, size, degrees.pp, degrees.tp, nodes)
+    if reason is not None:
+        return Rejected(size, degrees, reason)
+    for layout in with_copies(size * nodes[size - 1], degrees.pp, degrees.tp, limits.replicate):
         need = memory_bytes(model, layout)
-        if need > machine.memory_bytes:
-            reason = f"needs {_gib(need)} a rank, and there are {_gib(machine.memory_bytes)}"
-            rejected.append(Rejected(size, layout, reason))
-            continue
-        fitting.append(_scored(model, machine, limits, size, layout, need, before))
-    return fitting, rejected
+        if need <= machine.memory_bytes:
+            return Fit(size, layout, need)
+    return Rejected(
+        size, layout, f"needs {size_text(need)} a rank, and there are {size_text(machine.memory_bytes)}"
+    )
 
 
 def _misfit(model: Model, size: int, pp: int, tp: int, nodes: Sequence[int]) -> str | None:
@@ -270,14 +231,9 @@ def _misfit(model: Model, size: int, pp: int, tp: int, nodes: Sequence[int]) -> 
     return None
 
 
-def _layout(world: int, pp: int, tp: int, replicate: int) -> Layout:
-    data = world // (pp * tp)
-    copies = next(n for n in range(min(replicate, data), 0, -1) if data % n == 0)
-    return Layout(pp, copies, data // copies, tp)
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.1f} GiB"
+def size_text(size: int) -> str:
+    """Bytes as a person reads them."""
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{ceil(size / 2**20)} MiB"
 
 
 # --- what it brings ---------------------------------------------------------------------------------------------------
@@ -287,16 +243,14 @@ def _scored(
     model: Model,
     machine: Machine,
     limits: Limits,
-    size: int,
-    layout: Layout,
-    need: int,
+    fit: Fit,
     before: Standing | None,
 ) -> Scored:
-    step_s = step_seconds(model, machine, layout)
-    move = transition(model, machine, before, layout)
+    step_s = step_seconds(model, machine, fit.layout)
+    move = transition(model, machine, before, fit.layout)
     steady = max(0.0, 1 - (machine.restart_s + machine.lost_s) / machine.mtbf_s) / step_s
     goodput = steady * max(0.0, 1 - move.seconds / limits.horizon_s)
-    return Scored(size, layout, need, step_s, move, goodput)
+    return Scored(*fit, step_s, move, goodput)
 
 
 def transition(model: Model, machine: Machine, before: Standing | None, layout: Layout) -> Transition:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from stormjib_health.verdict import Rule
-from stormjib_operator import budget
+from stormjib_operator import budget, planning
 from stormjib_operator.slots import accused, kept_back, registered
 from stormjib_operator.spec import HangAction, RecoveryRule, Spec
 from stormjib_runtime.wire import Bounds, Hang
@@ -21,12 +21,13 @@ def derive(
     """Bounds from the spec and from a status that has been written. The version is the shell's."""
     spec = seen.job.spec
     steps, keep = _checkpoint(spec)
+    sizes, replicate = _sizes(spec)
     return Bounds(
         version=0,
         incarnation=status.incarnation,
         spec_generation=seen.job.generation,
-        replicas=spec.nodes.replicas,
-        min_replicas=spec.nodes.least,
+        replicas=max(sizes, default=spec.nodes.replicas),
+        min_replicas=min(sizes, default=spec.nodes.least),
         processes=spec.launcher.processes_per_node,
         slots=registered(seen, status.slots),
         excluded=(*kept_back(seen, status.slots, now), *accused(seen, status)),
@@ -41,8 +42,22 @@ def derive(
         keep_last=keep,
         suspend=suspend,
         finish=finish,
-        sizes=tuple(sorted(spec.nodes.allowed_replicas or ())),
+        sizes=sizes,
+        replicate=replicate,
     )
+
+
+def _sizes(spec: Spec) -> tuple[tuple[int, ...], dict[str, int]]:
+    """The sizes that the planner has room for, with the degree of each; those that the user allows where it has no answer.
+
+    A job whose model has room nowhere is never started (`decide`). One that trains already keeps the user's sizes: that it trains
+    says more than an estimate.
+    """
+    found = planning.plan(spec)
+    if found is None or not found.fits:
+        return tuple(sorted(spec.nodes.allowed_replicas or ())), {}
+    degrees = {one.nodes: one.layout.replicate for one in reversed(found.fits)}
+    return tuple(degrees), {str(size): degree for size, degree in degrees.items()}
 
 
 def _checkpoint(spec: Spec) -> tuple[int, int]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from stormjib_operator import bounds, budget, children, endings, incarnation, pods, slots, status
+from stormjib_operator import bounds, budget, children, endings, incarnation, planning, pods, slots, status
+from stormjib_operator.models import ConditionStatus
 from stormjib_operator.names import Type
 from stormjib_operator.names import revision as revision_name
 from stormjib_operator.observed import FOREIGN, Decision, Event, Manifest, Now, Observed
@@ -46,7 +47,8 @@ def _next(seen: Observed, base: Status, now: Now) -> Decision:
 
 def _run(seen: Observed, base: Status, now: Now) -> Decision:
     if seen.rendered is None:
-        return _start(seen, base, now)
+        found = planning.plan(seen.job.spec)
+        return _start(seen, base, now) if found is None or found.fits else _wait(seen, base, now)
     succession = incarnation.succeed(seen, now)
     avoid = slots.avoided(base)
     assignment = slots.assign(seen, now, avoid)
@@ -92,6 +94,13 @@ def _start(seen: Observed, base: Status, now: Now) -> Decision:
         events=(Event("SecurityDefaultsOverruled", words, warning=True),) if overruled else (),
         again_s=_retry(seen, now) if seen.refusals else 0.0,
     )
+
+
+def _wait(seen: Observed, base: Status, now: Now) -> Decision:
+    """Nothing is made for a job whose model has room nowhere; a change of the spec is looked at at once."""
+    words = "the model has room on no allowed number of nodes; the condition Feasible says why"
+    fact = status.Fact(Type.RUNNING, ConditionStatus.FALSE, status.NOTHING_FITS, words)
+    return Decision(status=status.conditions(seen, base, now, fact))
 
 
 def _with_address(seen: Observed, coordinator: CoordinatorStatus) -> CoordinatorStatus:
@@ -203,8 +212,17 @@ def _turns(seen: Observed, final: Status) -> tuple[Event, ...]:
         and (not before or before.reason != blocked.reason)
     ):
         told.append(Event("CreateRefused", blocked.message, warning=True))
+    told += _planned(old, final)
     said = seen.state.events if seen.state else ()
     return (*told, *(_said(text) for text in said))
+
+
+def _planned(old: Status, final: Status) -> list[Event]:
+    """The planner has begun to reject sizes, or all of them."""
+    before, found = old.condition(Type.FEASIBLE), final.condition(Type.FEASIBLE)
+    if found is None or found.reason == "AllFit" or (before is not None and before.reason == found.reason):
+        return []
+    return [Event(found.reason, found.message, warning=found.reason == status.NOTHING_FITS)]
 
 
 def _said(text: str) -> Event:

@@ -59,6 +59,7 @@ class Type(StrEnum):
     """Types of conditions, in the order in which they are shown."""
 
     SUSPENDED = "Suspended"
+    FEASIBLE = "Feasible"
     SCHEDULED = "Scheduled"
     RUNNING = "Running"
     DEGRADED = "Degraded"

@@ -81,8 +81,42 @@ class Nodes(Model):
         return self.replicas if self.min_replicas is None else self.min_replicas
 
     @property
+    def sizes(self) -> tuple[int, ...]:
+        """Every allowed size."""
+        return self.allowed_replicas or tuple(range(self.least, self.replicas + 1))
+
+    @property
     def slots(self) -> int:
         return self.replicas + self.spares
+
+
+_UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12} | {
+    "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40
+}  # fmt: skip
+
+
+class TrainedModel(Model):
+    """What is trained, as far as it says on how many nodes there is room for it: the state of a model is cut over the ranks
+    (FSDP), in as many copies as are wanted and have room."""
+
+    parameters: Annotated[int, Field(ge=1, le=2**53)]
+    """How many parameters the model has. Each counts 20 bytes: weight, gradient, and of the optimizer a master weight and two moments."""
+    layers: Annotated[int, Field(ge=1, le=65536)]
+    """How many layers the model has. Where it is cut, two of them are whole in each rank at a time."""
+    memory_per_rank: Annotated[
+        str, Field(min_length=1, max_length=20, pattern=r"^[1-9][0-9]*([kMGT]|[KMGT]i)?$")
+    ]
+    """How much memory each rank has for weights, gradients and optimizer, without what activations take: 64Gi. A tenth of it is
+    kept free."""
+    replicate: Annotated[int, Field(ge=1, le=4096)] = 1
+    """How many copies of each shard are wanted. On each number of nodes the most are taken that divide the ranks, are not above this
+    and have room. Ranks find the number in STORMJIB_REPLICATE."""
+
+    @property
+    def memory_bytes(self) -> int:
+        """`memory_per_rank` as a number."""
+        digits = self.memory_per_rank.rstrip("kKMGTi")
+        return int(digits) * _UNITS[self.memory_per_rank[len(digits) :]]
 
 
 class Backoff(Model):
@@ -318,6 +352,12 @@ class Spec(Model):
     model_config = ConfigDict(
         json_schema_extra=rules(
             rule(
+                "!has(self.model) || has(self.nodes.allowedReplicas) || !has(self.nodes.minReplicas) || "
+                "self.nodes.replicas - self.nodes.minReplicas < 64",
+                "with model at most 64 numbers of nodes are planned: name them in nodes.allowedReplicas, "
+                "or raise nodes.minReplicas",
+            ),
+            rule(
                 "self.suspend || self.launcher == oldSelf.launcher",
                 "launcher cannot change while the job runs: set suspend: true first",
             ),
@@ -347,6 +387,10 @@ class Spec(Model):
     """What each node runs, and how many processes of it."""
     nodes: Nodes
     """How many nodes the job wants, can do with, and keeps warm."""
+    model: TrainedModel | None = None
+    """What is trained. Of the allowed numbers of nodes only those are then used on which it has room; the condition Feasible says of
+    every other why not. Where it has room on none, the job does not start. A size that has no room any more is left at
+    once; another number of copies counts from the next restart on."""
     recovery: Recovery = Recovery()
     """What happens on a fault, and how often."""
     health: Health = Health()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from stormjib_operator import budget
+from stormjib_operator import budget, planning
 from stormjib_operator.incarnation import adopting
 from stormjib_operator.models import (
     CheckpointStatus,
@@ -35,6 +35,8 @@ from stormjib_runtime.wire import (
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+NOTHING_FITS = "NothingFits"
+"""The model has room on no allowed number of nodes."""
 PROGRESS_S = 10.0
 """Progress alone is written no more often than this: the API server is no place for a step counter."""
 
@@ -147,6 +149,9 @@ def _condition(seen: Observed, status: Status, fact: Fact, now: Now) -> Conditio
 
 def _facts(seen: Observed, status: Status, now: Now) -> Iterator[Fact]:
     yield Fact(Type.SUSPENDED, _FALSE, "NotSuspended")
+    found = planning.plan(seen.job.spec)
+    if found is not None:
+        yield _feasible(found)
     yield _scheduled(seen, status)
     yield _running(seen, status, now)
     yield _degraded(seen, status)
@@ -155,6 +160,13 @@ def _facts(seen: Observed, status: Status, now: Now) -> Iterator[Fact]:
         yield _checkpoint_healthy(seen, status)
     yield Fact(Type.COMPLETE, _FALSE, "NotYet")
     yield Fact(Type.FAILED, _FALSE, "NotYet")
+
+
+def _feasible(found: planning.Plan) -> Fact:
+    if not found.fits:
+        words = f"{found.text}; raise nodes.replicas or model.memoryPerRank"
+        return Fact(Type.FEASIBLE, _FALSE, NOTHING_FITS, words)
+    return Fact(Type.FEASIBLE, _TRUE, "SomeFit" if found.rejected else "AllFit", found.text)
 
 
 def _scheduled(seen: Observed, status: Status) -> Fact:

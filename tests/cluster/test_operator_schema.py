@@ -44,6 +44,7 @@ def containers(*names: str) -> dict[str, Any]:
     return {"spec": {"containers": [{"name": name, "image": f"i{i}"} for i, name in enumerate(names)]}}
 
 
+MODEL = {"parameters": 8_000_000_000, "layers": 32, "memoryPerRank": "64Gi"}
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "min above replicas": (
         job(nodes={"replicas": 2, "minReplicas": 3}),
@@ -60,6 +61,22 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "an allowed size below the least": (
         job(nodes={"replicas": 3, "minReplicas": 2, "allowedReplicas": [1, 3]}),
         "must lie between nodes.minReplicas and nodes.replicas",
+    ),
+    "more sizes than are planned": (
+        job(nodes={"replicas": 65, "minReplicas": 1}, model=MODEL),
+        "name them in nodes.allowedReplicas",
+    ),
+    "memory that is no quantity": (
+        job(model=MODEL | {"memoryPerRank": "lots"}),
+        "spec.model.memoryPerRank in body should match",
+    ),
+    "a model without layers": (
+        job(model={"parameters": 8_000_000_000, "memoryPerRank": "64Gi"}),
+        "spec.model.layers: Required value",
+    ),
+    "a model of nothing": (
+        job(model=MODEL | {"parameters": 0}),
+        "spec.model.parameters in body should be greater than or equal to 1",
     ),
     "no replicas": (
         job(nodes={"replicas": 0}),

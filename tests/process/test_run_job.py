@@ -32,6 +32,7 @@ BOUNDS = Bounds(
     processes=1,
     slots={str(slot): f"pod-{slot}" for slot in range(3)},
     restarts_left=10,
+    replicate={"2": 2},
 )
 
 
@@ -118,7 +119,7 @@ async def test_a_job_lives_through_losses_of_every_kind(job: Job) -> None:
     await job.restart_coordinator()
     after = await job.until(lambda state: state.step > step + 10 and state.phase is JobPhase.RUNNING)
     assert after.generation is not None
-    assert after.generation.id == GenerationId(1, 2)
+    assert (after.generation.id, after.generation.replicate) == (GenerationId(1, 2), 2)
     assert job.rank_pids() == before
 
     # A planned leave: nothing is counted, the leaver exits by itself.

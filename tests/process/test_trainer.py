@@ -12,6 +12,7 @@ import pytest
 from fakes.tiny_jobs import BATCH, Agent, assert_near, assert_planned, tiny, warm_trainer
 from stormjib_checkpoint.history import committed
 from stormjib_checkpoint.order import Micro, Order
+from stormjib_checkpoint.reader import Checkpoint
 from stormjib_checkpoint.storage import Local
 from stormjib_runtime.wire import (
     EXIT_RESUME_FAILED,
@@ -89,9 +90,12 @@ def test_replicas_are_saved_once_and_resumed_on_any_layout(
     for number, (world, replicate, stop) in enumerate(layouts, start=1):
         agent = Agent(tmp_path, number, world)
         agent.pages[0].stop_after = stop
-        job, codes = warm.run(world, tiny(parallel__replicate=replicate), agent.folder, agent.env())
+        planned = agent.env() | {Env.REPLICATE: str(replicate)}
+        job, codes = warm.run(world, tiny(), agent.folder, planned)
         assert codes == [EXIT_STOPPED if stop < 20 else 0] * world, job.text()
         agent.commit(stop)
+        atoms = Checkpoint(agent.storage, committed(agent.storage)[0]).atoms.values()
+        assert max(len(atom.boxes) for atom in atoms) == world // replicate
         agent.close()
     wanted = {step: loss for step, loss in undisturbed.losses().items() if step > 13}
     assert_near(job.losses(), wanted, 1e-5)

@@ -57,6 +57,8 @@ def admit_bounds(state: State, bounds: Bounds) -> None:
         raise Refused(400, "bounds need 1 <= min_replicas <= replicas and processes >= 1")
     if not all(bounds.min_replicas <= size <= bounds.replicas for size in bounds.sizes):
         raise Refused(400, "sizes lie between min_replicas and replicas")
+    if not all(degree >= 1 for degree in bounds.replicate.values()):
+        raise Refused(400, "replicate counts ranks that hold the same: at least 1")
     if not all(slot.isascii() and slot.isdecimal() for slot in bounds.slots):
         raise Refused(400, "slots are written as decimal numbers")
     if state.bounds is not None and bounds.version <= state.bounds.version:

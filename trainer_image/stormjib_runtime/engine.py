@@ -192,7 +192,8 @@ def _next(state: State) -> GenerationId:
 def _begin(state: State, idle: Idle, chosen: tuple[int, ...], now: float) -> State:
     """A new generation: from here on nothing of an older one counts."""
     picked = tuple(members.member(state.agents[slot]) for slot in chosen)
-    generation = Generation(_next(state), _parent(state), picked, idle.cause)
+    planned = state.bounds.replicate.get(str(len(picked)), 0) if state.bounds else 0
+    generation = Generation(_next(state), _parent(state), picked, idle.cause, planned)
     entry = HistoryEntry(generation, None, idle.cause.counted, idle.fault)
     return replace(
         state,

@@ -60,6 +60,7 @@ def rank_environment(
         "TORCHELASTIC_MAX_RESTARTS": str(max(0, generation.id.number - 1)),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         Env.GENERATION.value: str(generation.id),
+        Env.REPLICATE.value: str(generation.replicate),
         Env.RESUME.value: "" if resume is None else codec.encode(resume).decode(),
         Env.PAGE_DIR.value: str(pages),
     }

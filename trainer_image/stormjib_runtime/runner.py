@@ -258,7 +258,9 @@ class Runner:
         )
         process = ranks.process()
         ranks.adopt(process, generation, self._me.slot)
-        await process.start(self._launching.execute, argv, torchrun.ENVIRONMENT, self._outputs, "")
+        await process.start(
+            self._launching.execute, argv, torchrun.environment(generation), self._outputs, ""
+        )
 
     async def _watch(self, ranks: Ranks, generation: Generation) -> None:
         """Look at the ranks twice a second: what they say on their pages, and what /proc says about them."""

@@ -9,6 +9,8 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
+from stormjib_runtime.wire import Env
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -42,5 +44,9 @@ def argv(
     ]
 
 
-ENVIRONMENT = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-"""What torchrun gets on top of the base."""
+def environment(generation: Generation) -> dict[str, str]:
+    """What torchrun, and with it every rank, gets on top of the base."""
+    return {
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        Env.REPLICATE.value: str(generation.replicate),
+    }

@@ -129,6 +129,8 @@ class Generation:
     parent: GenerationId | None
     members: tuple[Member, ...]
     cause: Cause
+    replicate: int = 0
+    """How many ranks hold the same shard, as planned for this many members; 0 where nothing was planned."""
 
     @property
     def world_size(self) -> int:
@@ -375,6 +377,8 @@ class Bounds:
     """The operator has recorded Complete or Failed: agents may exit."""
     sizes: tuple[int, ...] = ()
     """How many members a generation may have; empty: any number from `min_replicas` to `replicas`."""
+    replicate: dict[str, int] = field(default_factory=dict)
+    """members (decimal) -> how many ranks hold the same shard in a generation of that many; empty where nothing was planned."""
 
     def fitting(self, count: int) -> int:
         """The largest number of members that may be had of `count`; 0 where `sizes` know none so small."""
@@ -496,6 +500,7 @@ class Env(StrEnum):
     INTEGRITY_ON_RECURRENCE = "STORMJIB_INTEGRITY_ON_RECURRENCE"  # OnRecurrence; for ranks
 
     GENERATION = "STORMJIB_GENERATION"  # 2.7
+    REPLICATE = "STORMJIB_REPLICATE"  # how many ranks hold the same shard; 0: nothing was planned
     RESUME = "STORMJIB_RESUME"  # JSON of a ResumePoint, or empty
     PAGE_DIR = "STORMJIB_PAGE_DIR"  # pages are PAGE_DIR/<local rank>
     MEMORY_DIR = "STORMJIB_MEMORY_DIR"  # where ranks stage what they save, so that it outlives them

@@ -169,13 +169,13 @@ class TrainConfig:
 class ParallelConfig:
     """How the job is laid out over its ranks."""
 
-    replicate: int = 1
+    replicate: int = 0
     """How many ranks hold the same shard, where the number of ranks allows it: the most that divide it and are not
     more than this. Two replicas find silent corruption of weights and optimizer, three name the rank. The number of
-    ranks here is plain data parallelism."""
+    ranks here is plain data parallelism. 0: what was planned for the job (spec.model), else 1, as always where train.reduce = exact."""
 
     def __post_init__(self) -> None:
-        _at_least(1, self, "parallel", "replicate")
+        _at_least(0, self, "parallel", "replicate")
 
 
 @dataclass(frozen=True)
@@ -213,6 +213,12 @@ class Config:
             raise ConfigError(
                 f"optimizer.warmup = {self.optimizer.warmup} leaves nothing of train.steps = {self.train.steps}"
             )
+
+    def replicas(self, planned: int) -> int:
+        """How many ranks shall hold the same shard, where `planned` was planned for the job (0: nothing)."""
+        if self.train.reduce == "exact":
+            return 1
+        return self.parallel.replicate or planned or 1
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as it would stand in a file."""

@@ -34,6 +34,8 @@ class Environment:
     generation: GenerationId | None = None
     """Given by an agent, which has opened it on the storage. None: this job opens its own (plain torchrun)."""
     resume: ResumePoint | None = None
+    replicate: int = 0
+    """How many ranks shall hold the same shard, as planned for this many nodes; 0: nobody has planned it."""
     job_uid: str = ""
     checkpoint_root: str = ""
     """Empty: nothing is saved."""
@@ -57,6 +59,7 @@ def read(env: Mapping[str, str] = os.environ) -> Environment:
         omp_threads=int(env.get("OMP_NUM_THREADS", 1)),
         generation=GenerationId.parse(generation) if generation and Env.PAGE_DIR in env else None,
         resume=codec.decode(ResumePoint, resume) if resume else None,
+        replicate=int(env.get(Env.REPLICATE) or 0),
         job_uid=env.get(Env.JOB_UID, ""),
         checkpoint_root=env.get(Env.CHECKPOINT_ROOT, ""),
         checkpoint_memory=env.get(Env.MEMORY_DIR, ""),

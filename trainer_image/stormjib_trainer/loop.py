@@ -90,7 +90,7 @@ class Run:
         self.model = Llama(config.model)
         init.fill(self.model, config.train.seed, config.model.layers)
         self.model.to(self.device)
-        self.replicas = replicas_of(env.world, config.parallel.replicate)
+        self.replicas = replicas_of(env.world, config.replicas(env.replicate))
         parallel.shard(self.model, self.device, config.train, self.replicas)
         exact = config.train.reduce == "exact"
         self.optimizer = Optimizer(self.model, config.optimizer, config.train.steps, exact=exact)

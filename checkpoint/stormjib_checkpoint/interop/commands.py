@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from stormjib_checkpoint.layouts import Limits, Machine, Model, table
+from stormjib_checkpoint.layouts import Limits, Machine, table
+from stormjib_checkpoint.sizing import Model
 from stormjib_checkpoint.telling import OUT, AsJson, Root, Step, on_step, print_json, storage_at, told, warn
 
 if TYPE_CHECKING:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -13,17 +14,16 @@ from hypothesis import strategies as st
 from stormjib_checkpoint.layouts import (
     Action,
     Choice,
-    Layout,
     Limits,
     Machine,
-    Model,
     Standing,
     choose,
-    memory_bytes,
+    fitting,
     step_seconds,
     table,
     transition,
 )
+from stormjib_checkpoint.sizing import Layout, Model, memory_bytes
 
 MODEL = Model(parameters=1000, layers=8, heads=8, micro_batches=24)
 ROOMY = Machine(memory_bytes=10**9, peer_bytes_per_s=1e6, store_bytes_per_s=1e5)
@@ -99,6 +99,24 @@ def test_replicas_are_the_most_that_divide_the_data_ranks() -> None:
         found = choose(MODEL, ROOMY, Limits((nodes,), replicate=3), [1] * nodes)
         assert found.best is not None
         assert found.best.layout == layout
+
+
+def test_where_copies_have_no_room_there_are_fewer() -> None:
+    tight = replace(ROOMY, memory_bytes=memory_bytes(MODEL, Layout(shard=3)))
+    fits, rejected = fitting(MODEL, tight, Limits((12, 6, 3, 2), replicate=4), [1] * 12)
+    assert [one.layout for one in fits] == [Layout(1, 4, 3), Layout(1, 2, 3), Layout(1, 1, 3)]
+    assert [(one.nodes, one.layout) for one in rejected] == [(2, Layout(1, 1, 2))]
+    assert "a rank, and there are" in rejected[0].reason
+
+
+def test_what_fits_a_large_job_is_known_at_once() -> None:
+    """The operator asks in every pass, so nothing may grow with the ranks of a size."""
+    model = Model(parameters=10**12, layers=128, heads=1)
+    machine = Machine(memory_bytes=80 * 10**9)
+    began = time.process_time()
+    fits, rejected = fitting(model, machine, Limits(tuple(range(4033, 4097)), replicate=8), [64] * 4096)
+    assert time.process_time() - began < 0.5
+    assert (len(fits), len(rejected)) == (64, 0)
 
 
 def test_micro_batches_that_do_not_divide_cost_a_round() -> None:

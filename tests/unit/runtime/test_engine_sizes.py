@@ -74,6 +74,26 @@ def test_the_largest_allowed_size_is_taken(sizes: tuple[int, ...], count: int) -
     assert fit == max((size for size in allowed if size <= count), default=0)
 
 
+def test_a_generation_has_the_degree_that_was_planned_for_its_size() -> None:
+    world = running_world(bounds(4, 1, sizes=(1, 2, 4), replicate={"4": 2, "2": 1}))
+    assert world.job().generation.replicate == 2  # type: ignore[union-attr]
+    world.change(replicate={"4": 4, "2": 2})
+    world.pass_time(5, stepping=True)
+    assert world.job().generation.replicate == 2, "what runs stays as it is"  # type: ignore[union-attr]
+    lose(world, 1)
+    assert (len(world.slots), world.job().generation.replicate) == (2, 2)  # type: ignore[union-attr]
+    lose(world, world.slots[-1])
+    lose(world, world.slots[-1])
+    assert len(world.slots) == 1
+    assert world.job().generation.replicate == 0, "nothing was planned for one"  # type: ignore[union-attr]
+
+
+def test_a_degree_below_one_is_refused() -> None:
+    world = running_world(bounds(4, 2))
+    with pytest.raises(Refused, match="at least 1"):
+        admit_bounds(world.state, bounds(4, 2, version=99, replicate={"4": 0}))
+
+
 def test_sizes_outside_the_other_bounds_are_refused() -> None:
     world = running_world(bounds(4, 2))
     for sizes in ((1, 4), (4, 5)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,13 @@ def test_what_a_script_of_ours_reads() -> None:
     env = env_of(0, 1)
     assert (env[Env.GENERATION], env[Env.PAGE_DIR]) == ("2.7", "/dev/shm/pages")
     assert codec.decode(ResumePoint, env[Env.RESUME]) == RESUME
+
+
+def test_the_planned_degree_reaches_ranks_and_torchrun() -> None:
+    planned = replace(GENERATION, replicate=2)
+    for generation, told in ((GENERATION, "0"), (planned, "2")):
+        env = rank_environment(generation, 0, 0, "h:1", None, Path("/dev/shm/pages"), "job")
+        assert env[Env.REPLICATE] == torchrun.environment(generation)[Env.REPLICATE] == told
 
 
 def test_who_is_no_member_has_no_rank() -> None:

@@ -120,3 +120,10 @@ def test_what_exact_mode_cannot_do_is_refused(override: str) -> None:
     load(None, [override])
     with pytest.raises(ConfigError, match=r"with train\.reduce = exact"):
         load(None, [override, "train.reduce=exact"])
+
+
+def test_replicas_are_what_the_configuration_says_else_what_was_planned() -> None:
+    assert [load(None).replicas(planned) for planned in (0, 3)] == [1, 3]
+    assert load(None, ["parallel.replicate=2"]).replicas(3) == 2
+    assert load(None, ["parallel.replicate=1"]).replicas(3) == 1
+    assert load(None, ["train.reduce=exact"]).replicas(3) == 1

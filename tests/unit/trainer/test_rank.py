@@ -49,12 +49,13 @@ def test_under_an_agent_the_generation_is_given() -> None:
             Env.RESUME: '{"step":120,"generation":{"incarnation":2,"number":6},"digest":"ab"}',
             Env.CHECKPOINT_ROOT: "/stormjib/storage/here/job",
             Env.CHECKPOINT_INTERVAL: "20",
+            Env.REPLICATE: "2",
         }
     )
     assert (env.rank, env.world, env.local_rank, env.launched) == (3, 4, 1, True)
     assert env.generation == GenerationId(2, 7)
     assert env.resume == ResumePoint(120, GenerationId(2, 6), "ab")
-    assert env.checkpoint_interval == 20
+    assert (env.checkpoint_interval, env.replicate) == (20, 2)
 
 
 def test_what_is_wanted_against_corruption_is_read_or_named() -> None:
