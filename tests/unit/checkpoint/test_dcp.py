@@ -309,7 +309,9 @@ def test_the_optimizer_waits_for_the_copy_and_the_copy_is_of_the_call(
     copied = stagers._copied
 
     def slow(tensor: torch.Tensor) -> torch.Tensor:
-        if threading.current_thread().name == "stormjib-stage":  # else the optimizer's, which does not wait for a busy machine
+        if (
+            threading.current_thread().name == "stormjib-stage"
+        ):  # else the optimizer's, which does not wait for a busy machine
             assert held.wait(20)
         order.append("copied")
         return copied(tensor)
