@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
+from itertools import groupby, zip_longest
 from typing import TYPE_CHECKING
 
 from rich.table import Table
@@ -11,6 +12,8 @@ from rich.table import Table
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
+
+    from matplotlib.axes import Axes
 
     from bench.follow import Step
 
@@ -41,6 +44,43 @@ class VerdictRecord:
 
 
 @dataclass
+class Resize:
+    """One change of the number of ranks. Seconds are from what asked for it to the first step after it, and between the last
+    step before it and that one."""
+
+    before: int
+    after: int
+    why: str
+    at_step: int
+    changed_s: float
+    still_s: float
+    lost_steps: int
+    generation: str
+
+
+@dataclass
+class Resized:
+    """A job whose number of ranks changed."""
+
+    steps: int
+    sizes: list[int]
+    """Numbers of ranks in the order in which they were."""
+    changes: list[Resize]
+    samples_missing: int
+    samples_twice: int
+    loss_apart: float | None
+    """Largest difference to the losses of the job that kept its size, at the same steps, in nats per byte."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The steps of a job and what was done to it: (seconds since the epoch, fault)."""
+
+    steps: Sequence[Step]
+    marks: Sequence[tuple[float, str]] = ()
+
+
+@dataclass
 class Report:
     """The figures of one demo run, in the order of `report.json`."""
 
@@ -63,6 +103,7 @@ class Report:
     faults: list[FaultRecord] = field(default_factory=list)
     verdicts: list[VerdictRecord] = field(default_factory=list)
     verdicts_without_fault: list[str] = field(default_factory=list)
+    resized: Resized | None = None
 
     def write(self, path: Path) -> None:
         """Write `report.json`."""
@@ -91,6 +132,12 @@ VERDICT_S = 5.0
 LOST_STEPS = 10
 """Where saves follow each other: two on their way, and the steps in which the ranks were not ready for the next."""
 STEPPING_AGAIN_S = {"rank-kill": 1.5, "rank-freeze": 4.0, "node-cut": 6.0}
+GROWING_S = 3.0
+"""A planned change: ranks end after a save and others are forked."""
+SHADES = ("#1f6f8b", "#c0392b", "#e0a030")
+SIZES = (4, 3, 5)
+LOSS_APART = 1e-3
+"""What rounding may make of it in a thousand steps, in nats per byte."""
 
 
 def promises(report: Report) -> list[Promise]:
@@ -126,7 +173,31 @@ def promises(report: Report) -> list[Promise]:
     found.append(Promise("verdicts without a fault", len(report.verdicts_without_fault), 0, "verdicts"))
     for name, bound in (("operator", 90), ("coordinator", 60), ("agent", 60)):
         found.append(Promise(f"memory of the {name}", report.rss_mb.get(name), bound, "MB"))
-    return found
+    return found + ([] if report.resized is None else _resized_promises(report.resized))
+
+
+def _resized_promises(resized: Resized) -> list[Promise]:
+    found = []
+    for change in resized.changes:
+        name, planned = f"{change.before} -> {change.after} ranks", change.after > change.before
+        bound_s = GROWING_S if planned else STEPPING_AGAIN_S["node-cut"]
+        found += [
+            Promise(f"{name}: stepping again", change.still_s, bound_s * SINGLE_RUN, "s"),
+            Promise(f"{name}: steps lost", change.lost_steps, 0 if planned else LOST_STEPS, "steps"),
+        ]
+    words = ", then ".join(map(str, SIZES))
+    return [
+        *found,
+        Promise(f"sizes other than {words}", _unlike(resized.sizes, SIZES), 0, "sizes"),
+        Promise("samples lost across sizes", resized.samples_missing, 0, "samples"),
+        Promise("samples twice across sizes", resized.samples_twice, 0, "samples"),
+        Promise("loss across sizes, against one size", resized.loss_apart, LOSS_APART, "nats/byte"),
+    ]
+
+
+def _unlike(seen: Sequence[int], wanted: Sequence[int]) -> int:
+    """At how many places one list differs from another."""
+    return sum(a != b for a, b in zip_longest(seen, wanted))
 
 
 def promise_table(found: Sequence[Promise]) -> Table:
@@ -164,23 +235,68 @@ def verdict_table(verdicts: Sequence[VerdictRecord]) -> Table:
     return table
 
 
-def draw_curve(steps: Sequence[Step], faults: Sequence[tuple[float, str]], path: Path) -> None:
-    """The loss over wall time as PNG; each fault, (seconds since the epoch, kind), is a marked line."""
+def resize_table(changes: Sequence[Resize]) -> Table:
+    """The changes of size."""
+    table = Table(title="Sizes", title_justify="left")
+    for column in ("ranks", "why", "at step", "changed after", "stepping again", "steps lost", "generation"):
+        table.add_column(column, justify="left" if column in ("ranks", "why") else "right")
+    for c in changes:
+        seconds = f"{c.changed_s:.2f} s", f"{c.still_s:.2f} s"
+        ranks = f"{c.before} -> {c.after}"
+        table.add_row(ranks, c.why, str(c.at_step), *seconds, str(c.lost_steps), c.generation)
+    return table
+
+
+def draw_curves(faulty: Curve, resized: Curve, path: Path) -> None:
+    """Two losses as PNG: over wall time with each fault as a marked line, and over steps with each size as a shaded part and the
+    first job's loss behind it."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    start = steps[0].at
-    figure, axes = plt.subplots(figsize=(10, 4.5), layout="constrained")
+    figure, (above, below) = plt.subplots(2, figsize=(10, 9), layout="constrained")
+    _draw_faults(above, faulty)
+    _draw_sizes(below, resized.steps, faulty.steps)
+    for axes in (above, below):
+        axes.set_ylabel("loss, nats per byte")
+        axes.grid(alpha=0.25)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _draw_faults(axes: Axes, curve: Curve) -> None:
+    start, steps = curve.steps[0].at, curve.steps
     axes.plot([s.at - start for s in steps], [s.loss for s in steps], color="#1f6f8b", linewidth=1)
     top = max(s.loss for s in steps)
-    for at, kind in faults:
+    for at, kind in curve.marks:
         axes.axvline(at - start, color="#c0392b", linewidth=0.8, linestyle="--")
         axes.text(at - start, top, f" {kind}", rotation=90, va="top", ha="right", fontsize=8, color="#c0392b")
     axes.set_xlabel("seconds of training")
-    axes.set_ylabel("loss, nats per byte")
     axes.set_title("Loss through the faults")
-    axes.grid(alpha=0.25)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+
+
+def _draw_sizes(axes: Axes, steps: Sequence[Step], others: Sequence[Step]) -> None:
+    last, top = max(s.step for s in steps), max(s.loss for s in steps)
+    others = [s for s in others if s.step <= last]
+    axes.plot(
+        [s.step for s in others],
+        [s.loss for s in others],
+        color="#bbbbbb",
+        linewidth=3,
+        label="4 ranks throughout",
+    )
+    axes.plot(
+        [s.step for s in steps],
+        [s.loss for s in steps],
+        color="#1f6f8b",
+        linewidth=1,
+        label="4, 3 and 5 ranks",
+    )
+    for part in (list(part) for _, part in groupby(steps, key=lambda s: s.world)):
+        first, world = part[0].step, part[0].world
+        axes.axvspan(first, part[-1].step, color=SHADES[world % len(SHADES)], alpha=0.15)
+        axes.text(first, top, f" {world} ranks, from step {first}", va="top", fontsize=8)
+    axes.set_xlabel("step")
+    axes.set_title("Loss across sizes, and that of the same training on one size")
+    axes.legend()
