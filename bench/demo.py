@@ -17,13 +17,12 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from bench import costs, faults, resize, samples, slowness
+from bench.curves import Curve, draw_curves
 from bench.faults import Scene
 from bench.follow import Follower
 from bench.report import (
-    Curve,
     FaultRecord,
     Report,
-    draw_curves,
     fault_table,
     promise_table,
     promises,
