@@ -1,4 +1,5 @@
-"""`make demo`: the whole chain on one machine, through faults. A cluster, the chart, a job, eight faults, the figures.
+"""`make demo`: the whole chain on one machine, through faults. A cluster, the chart, a job, eight faults, the same
+training across sizes, the figures.
 
 KEEP=1 keeps the cluster. The exit code is not zero when a promise was broken.
 """
@@ -15,16 +16,17 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from bench import costs, faults, samples, slowness
+from bench import costs, faults, resize, samples, slowness
+from bench.curves import Curve, draw_curves
 from bench.faults import Scene
 from bench.follow import Follower
 from bench.report import (
     FaultRecord,
     Report,
-    draw_curve,
     fault_table,
     promise_table,
     promises,
+    resize_table,
     verdict_table,
 )
 from bench.stage import ROOT, Stage, opened, wait_until
@@ -47,18 +49,26 @@ def main() -> int:
     with opened("demo", nodes=4, keep=bool(os.environ.get("KEEP"))) as stage:
         prepare(stage)
         report = Report()
-        train_through_faults(stage, report)
+        faulty = train_through_faults(stage, report)
         report.torchrun_rank_kill_s = torchrun_rank_kill(stage)
+        resized = train_across_sizes(stage, report, faulty)
+    show(report, faulty, resized)
     found = promises(report)
-    report.write(OUT / "report.json")
-    tables = (fault_table(report.faults), verdict_table(report.verdicts), promise_table(found))
-    console.print(*tables, sep="\n")
+    console.print(promise_table(found))
     times = ", ".join(f"{key} {ms:g}" for key, ms in report.saves_ms.items())
     console.print(f"{report.saves} saves in {report.steps} steps; of rank 0, medians: {times}")
     console.print(
         f"report: {OUT / 'report.json'}\nloss curve: {OUT / 'loss.png'}\n{time.monotonic() - started:.0f} s in all"
     )
     return 0 if all(p.ok for p in found) else 1
+
+
+def show(report: Report, faulty: Curve, resized: Curve) -> None:
+    """Tables on the terminal; `report.json` and the curves in the folder."""
+    report.write(OUT / "report.json")
+    draw_curves(faulty, resized, OUT / "loss.png")
+    changes = report.resized.changes if report.resized else ()
+    console.print(fault_table(report.faults), verdict_table(report.verdicts), resize_table(changes), sep="\n")
 
 
 def prepare(stage: Stage) -> None:
@@ -69,8 +79,8 @@ def prepare(stage: Stage) -> None:
     stage.make_namespace(NAMESPACE)
 
 
-def train_through_faults(stage: Stage, report: Report) -> None:
-    """Apply the sample, break things, wait for Complete, fill the report."""
+def train_through_faults(stage: Stage, report: Report) -> Curve:
+    """Apply the sample, break things, wait for Complete, fill the report. Returns its loss."""
     job = stage.apply_sample("tiny-llama.yaml", NAMESPACE)
     say(
         f"applied TrainingJob {NAMESPACE}/{job}; every pod imports torch once, that takes a while on two cores"
@@ -93,6 +103,7 @@ def train_through_faults(stage: Stage, report: Report) -> None:
             faults.settle(scene, PAUSE_STEPS)
         wait_until(lambda: is_true(stage.condition(NAMESPACE, job, "Complete")), 600, "Complete", every=1)
     finish(scene, report, marks)
+    return Curve(list(scene.follower.steps), marks)
 
 
 def break_something(scene: Scene, kind: str, report: Report) -> FaultRecord:
@@ -123,8 +134,6 @@ def finish(scene: Scene, report: Report, marks: list[tuple[float, str]]) -> None
     report.verdicts_without_fault = slowness.without_fault(scene, marks)
     audit = samples.audit(scene)
     report.samples_missing, report.samples_twice = audit.missing, audit.twice
-    OUT.mkdir(parents=True, exist_ok=True)
-    draw_curve(steps, marks, OUT / "loss.png")
     scene.follower.close()
 
 
@@ -140,6 +149,20 @@ def torchrun_rank_kill(stage: Stage) -> float:
     stage.kubectl("delete", "trainingjob", job, "-n", NAMESPACE, "--wait=false")
     scene.follower.close()
     return seconds
+
+
+def train_across_sizes(stage: Stage, report: Report, one_size: Curve) -> Curve:
+    """The same training on 4, 3 and 5 ranks, a node each, into the report. Returns its loss."""
+    stage.reserve_operator_node(reserved=False)  # four nodes are needed
+    job = stage.apply_sample(resize.SAMPLE, NAMESPACE)
+    say(f"[bold]sizes[/bold]: the same training on nodes with a rank each, {NAMESPACE}/{job}")
+    scene = Scene(stage, Follower(stage.cluster.kubeconfig, NAMESPACE, job), NAMESPACE, job)
+    with live(scene.follower):
+        scene.follower.wait_step(3 * PAUSE_STEPS, 120)
+        changes = resize.shrink_and_grow(scene, 3 * PAUSE_STEPS, say)
+    report.resized = resize.figures(scene, changes, one_size.steps)
+    scene.follower.close()
+    return Curve(sorted(scene.follower.steps, key=lambda s: s.at))
 
 
 def is_true(condition: dict[str, Any] | None) -> bool:

@@ -1,9 +1,10 @@
-"""What the demo leaves behind: a table on the terminal, `report.json`, and the loss curve with the faults marked."""
+"""What the demo leaves behind: tables on the terminal and `report.json`; `curves` draws the losses."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
+from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 from rich.table import Table
@@ -11,8 +12,6 @@ from rich.table import Table
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
-
-    from bench.follow import Step
 
 
 @dataclass
@@ -41,6 +40,35 @@ class VerdictRecord:
 
 
 @dataclass
+class Resize:
+    """One change of the number of ranks. Seconds are from what asked for it to the first step after it, and between the last
+    step before it and that one."""
+
+    before: int
+    after: int
+    why: str
+    at_step: int
+    changed_s: float
+    still_s: float
+    lost_steps: int
+    generation: str
+
+
+@dataclass
+class Resized:
+    """A job whose number of ranks changed."""
+
+    steps: int
+    sizes: list[int]
+    """Numbers of ranks in the order in which they were."""
+    changes: list[Resize]
+    samples_missing: int
+    samples_twice: int
+    loss_apart: float | None
+    """Largest difference to the losses of the job that kept its size, at the same steps, in nats per byte."""
+
+
+@dataclass
 class Report:
     """The figures of one demo run, in the order of `report.json`."""
 
@@ -63,6 +91,7 @@ class Report:
     faults: list[FaultRecord] = field(default_factory=list)
     verdicts: list[VerdictRecord] = field(default_factory=list)
     verdicts_without_fault: list[str] = field(default_factory=list)
+    resized: Resized | None = None
 
     def write(self, path: Path) -> None:
         """Write `report.json`."""
@@ -91,6 +120,11 @@ VERDICT_S = 5.0
 LOST_STEPS = 10
 """Where saves follow each other: two on their way, and the steps in which the ranks were not ready for the next."""
 STEPPING_AGAIN_S = {"rank-kill": 1.5, "rank-freeze": 4.0, "node-cut": 6.0}
+GROWING_S = 3.0
+"""A planned change: ranks end after a save and others are forked."""
+SIZES = (4, 3, 5)
+LOSS_APART = 1e-4
+"""What rounding may make of it in a thousand steps, in nats per byte: 5e-7 was seen after 300."""
 
 
 def promises(report: Report) -> list[Promise]:
@@ -126,7 +160,31 @@ def promises(report: Report) -> list[Promise]:
     found.append(Promise("verdicts without a fault", len(report.verdicts_without_fault), 0, "verdicts"))
     for name, bound in (("operator", 90), ("coordinator", 60), ("agent", 60)):
         found.append(Promise(f"memory of the {name}", report.rss_mb.get(name), bound, "MB"))
-    return found
+    return found + ([] if report.resized is None else _resized_promises(report.resized))
+
+
+def _resized_promises(resized: Resized) -> list[Promise]:
+    found = []
+    for change in resized.changes:
+        name, planned = f"{change.before} -> {change.after} ranks", change.after > change.before
+        bound_s = GROWING_S if planned else STEPPING_AGAIN_S["node-cut"]
+        found += [
+            Promise(f"{name}: stepping again", change.still_s, bound_s * SINGLE_RUN, "s"),
+            Promise(f"{name}: steps lost", change.lost_steps, 0 if planned else LOST_STEPS, "steps"),
+        ]
+    words = ", then ".join(map(str, SIZES))
+    return [
+        *found,
+        Promise(f"sizes other than {words}", _unlike(resized.sizes, SIZES), 0, "sizes"),
+        Promise("samples lost across sizes", resized.samples_missing, 0, "samples"),
+        Promise("samples twice across sizes", resized.samples_twice, 0, "samples"),
+        Promise("loss across sizes, against one size", resized.loss_apart, LOSS_APART, "nats/byte"),
+    ]
+
+
+def _unlike(seen: Sequence[int], wanted: Sequence[int]) -> int:
+    """At how many places one list differs from another."""
+    return sum(a != b for a, b in zip_longest(seen, wanted))
 
 
 def promise_table(found: Sequence[Promise]) -> Table:
@@ -164,23 +222,13 @@ def verdict_table(verdicts: Sequence[VerdictRecord]) -> Table:
     return table
 
 
-def draw_curve(steps: Sequence[Step], faults: Sequence[tuple[float, str]], path: Path) -> None:
-    """The loss over wall time as PNG; each fault, (seconds since the epoch, kind), is a marked line."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    start = steps[0].at
-    figure, axes = plt.subplots(figsize=(10, 4.5), layout="constrained")
-    axes.plot([s.at - start for s in steps], [s.loss for s in steps], color="#1f6f8b", linewidth=1)
-    top = max(s.loss for s in steps)
-    for at, kind in faults:
-        axes.axvline(at - start, color="#c0392b", linewidth=0.8, linestyle="--")
-        axes.text(at - start, top, f" {kind}", rotation=90, va="top", ha="right", fontsize=8, color="#c0392b")
-    axes.set_xlabel("seconds of training")
-    axes.set_ylabel("loss, nats per byte")
-    axes.set_title("Loss through the faults")
-    axes.grid(alpha=0.25)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+def resize_table(changes: Sequence[Resize]) -> Table:
+    """The changes of size."""
+    table = Table(title="Sizes", title_justify="left")
+    for column in ("ranks", "why", "at step", "changed after", "stepping again", "steps lost", "generation"):
+        table.add_column(column, justify="left" if column in ("ranks", "why") else "right")
+    for c in changes:
+        seconds = f"{c.changed_s:.2f} s", f"{c.still_s:.2f} s"
+        ranks = f"{c.before} -> {c.after}"
+        table.add_row(ranks, c.why, str(c.at_step), *seconds, str(c.lost_steps), c.generation)
+    return table

@@ -32,8 +32,8 @@ class Samples:
 
 
 def root(scene: Scene) -> Path:
-    """The job's checkpoints, as this machine sees the volume of the namespace's first claim."""
-    volume = scene.stage.get("pvc", "-n", scene.namespace)["items"][0]["spec"]["volumeName"]
+    """The job's checkpoints, as this machine sees the volume of the claim that is called as the job."""
+    volume = scene.stage.get("pvc", scene.job, "-n", scene.namespace)["spec"]["volumeName"]
     folder: Path = scene.stage.cluster.shared_folder / volume / scene.namespace / scene.job
     return folder
 

@@ -31,14 +31,13 @@ class StageError(RuntimeError):
 
 @dataclass
 class Stage:
-    """A cluster whose last node is kept for the operator."""
+    """A cluster whose last node is kept for the operator; nodes that join later are not."""
 
     cluster: Cluster
 
-    @property
-    def operator_node(self) -> str:
+    def __post_init__(self) -> None:
+        self.operator_node = self.cluster.nodes[-1]
         """Name of the node that only the operator runs on."""
-        return self.cluster.nodes[-1]
 
     def kubectl(self, *arguments: str, stdin: str | None = None) -> str:
         """Output of kubectl with the cluster's admin credentials. Raises StageError with its words."""

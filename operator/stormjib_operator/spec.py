@@ -62,14 +62,15 @@ class Nodes(Model):
     replicas: Annotated[int, Field(ge=1, le=MAX_NODES)]
     """How many nodes train together when all are well."""
     min_replicas: Annotated[int | None, Field(ge=1, le=MAX_NODES)] = None
-    """The smallest number of nodes with which the job goes on when nodes are lost. Absent, it never shrinks."""
+    """The smallest number of nodes with which the job goes on when nodes are lost. Absent, it is the smallest of
+    allowedReplicas; without those, the job never shrinks."""
     allowed_replicas: Annotated[
         tuple[Annotated[int, Field(ge=1, le=MAX_NODES)], ...] | None,
         Field(min_length=1, max_length=64, json_schema_extra=list_type("set")),
     ] = None
-    """With which numbers of nodes the job may train, where not with any from minReplicas to replicas: those that its
-    model can be laid out on. When nodes are lost, the largest that the rest can make up is taken, and other nodes
-    wait as spares."""
+    """With which numbers of nodes the job may train, replicas among them, where not with any from minReplicas to
+    replicas: those that its model can be laid out on. When nodes are lost, the largest that the rest can make up is
+    taken, and other nodes wait as spares. It grows only to another of them."""
     spares: Annotated[int, Field(ge=0, le=MAX_SPARES)] = 0
     """How many further nodes are kept ready to take a lost node's place at once. They do not train."""
 
