@@ -36,7 +36,7 @@ def agreed(group: Group) -> Iterator[None]:
     worst = group.highest([own])[0]
     if not worst:
         return
-    told = group.gathered([own, *str(problem or "").encode()])
+    told = group.gathered([own, *str(problem or "").encode(errors="backslashreplace")])
     if problem is not None and own == worst:
         raise problem
     member = next(number for number, row in enumerate(told) if row[0] == worst)

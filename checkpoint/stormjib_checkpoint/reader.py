@@ -130,7 +130,7 @@ class Checkpoint:
         self, state: Mapping[str, Value], layout: Layout | None, group: Group
     ) -> tuple[Mine, Callable[[], None]]:
         """What there is to fill, and what is to be done when it is filled. Raises SpecError, UnsupportedState, StateMismatch."""
-        told = here(layout, group.member) if layout is not None else NOTHING
+        told = here(layout, group.member, group.size) if layout is not None else NOTHING
         laid = Laid(told, state, {name: atom.shape for name, atom in self.atoms.items()})
         tensors = {name: value for name, value in sorted(state.items()) if isinstance(value, torch.Tensor)}
         plain = [held(name, value, 0, 1) for name, value in tensors.items() if not told.says(name, value)]

@@ -120,7 +120,7 @@ def split(state: Mapping[str, Value], rank: int, world: int, layout: Layout | No
 
     Raises UnsupportedState by name, SpecError.
     """
-    told = here(layout, rank) if layout is not None else NOTHING
+    told = here(layout, rank, world) if layout is not None else NOTHING
     found = Contents([], {}, {})
     names: dict[object, str] = {}
     for name, value in sorted(state.items()):

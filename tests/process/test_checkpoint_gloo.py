@@ -66,8 +66,10 @@ def test_replicas_of_shards_become_other_replicas_of_other_shards(tmp_path: Path
 
 
 def test_replicas_read_once_and_hand_on(tmp_path: Path) -> None:
-    """Row 1: one rank, then four that have the whole each."""
+    """Row 1: one rank, then four that have the whole each. One rank of a group of one reads it as one without a group does."""
     job = Job(tmp_path).saved((), 1)
+    (alone,) = job.load(reshard_ranks.load, (), 1)
+    assert job.bytes <= alone <= 1.05 * job.bytes + SMALL
     read = job.load(reshard_ranks.go_on, (), 4)
     assert job.bytes <= sum(read) <= 1.05 * job.bytes + SMALL
 

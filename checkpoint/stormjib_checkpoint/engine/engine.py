@@ -35,6 +35,7 @@ from stormjib_checkpoint.errors import (
     DamagedCheckpoint,
     MissingCheckpoint,
     SaveError,
+    SpecError,
     StateMismatch,
     TornCopy,
     UnsupportedState,
@@ -322,7 +323,7 @@ class Engine:
             self._half_loaded = True
             try:
                 found, problem = _tried(attempt, self.resume)
-            except StateMismatch:
+            except (StateMismatch, SpecError, UnsupportedState):
                 self._half_loaded = False  # told by the index, before the first byte
                 raise
             if group.all_agree(found is not None):

@@ -8,7 +8,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from stormjib_checkpoint.boxes import Box
-from stormjib_checkpoint.errors import StateMismatch, UnsupportedState
+from stormjib_checkpoint.errors import SpecError, StateMismatch, UnsupportedState
 from stormjib_checkpoint.tensors import TAGS, Cut, Held, held, plain_memory
 
 if TYPE_CHECKING:
@@ -36,8 +36,13 @@ NOTHING = Here({}, {}, lambda _: "no layout")
 """Where there is no layout."""
 
 
-def here(layout: Layout, rank: int) -> Here:
-    """Raises SpecError."""
+def here(layout: Layout, rank: int, world: int) -> Here:
+    """Raises SpecError, also where it is the layout of another number of ranks."""
+    if layout.world != world:
+        raise SpecError(
+            f"the layout is on a mesh of {dict(layout.laid.mesh)}, which is {layout.world} ranks, and there are {world}; "
+            "put the spec on a mesh of as many"
+        )
     return Here(layout.rank(rank), layout.atoms, layout.rule_of)
 
 

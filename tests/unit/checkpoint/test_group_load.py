@@ -20,7 +20,7 @@ from stormjib_checkpoint import digest, exchange, loading, tensors
 from stormjib_checkpoint.boxes import whole
 from stormjib_checkpoint.commit import commit_step
 from stormjib_checkpoint.engine import arena
-from stormjib_checkpoint.errors import DamagedCheckpoint, StateMismatch
+from stormjib_checkpoint.errors import DamagedCheckpoint, StateMismatch, StorageDenied, StorageError
 from stormjib_checkpoint.layout import GenerationId
 from stormjib_checkpoint.node_memory import Near
 from stormjib_checkpoint.opening import open_generation
@@ -390,3 +390,28 @@ def test_what_nobody_else_wants_is_not_talked_about(monkeypatch: pytest.MonkeyPa
     assert not any(told)
     saved.load(Mesh((4,), (None,)))
     assert any(told), "replicas do"
+
+
+@pytest.mark.parametrize("mesh", [Mesh((3,), (0,)), Mesh((3,), (None,))])
+def test_where_one_rank_may_not_read_no_other_waits_for_it(
+    monkeypatch: pytest.MonkeyPatch, mesh: Mesh
+) -> None:
+    saved = Saved(Mesh((2,), (0,)), SOME)
+    stored = loading.Loading._stored
+
+    def denied(self: loading.Loading, rank: int) -> contextlib.AbstractContextManager[Opened]:
+        if self._group.member == 1:
+            raise StorageDenied("rank-00000", "no permission", "Grant it.")
+        return stored(self, rank)
+
+    monkeypatch.setattr(loading.Loading, "_stored", denied)
+
+    def one(member: Member) -> str:
+        parts = [part for _, part in parts_of(mesh, SOME, member.member)]
+        with pytest.raises(StorageError) as found:
+            Checkpoint(saved.storage, saved.point).fill_parts(parts, group=member)
+        return str(found.value)
+
+    told = together(3, one)
+    assert told[1] == "rank-00000: no permission. Grant it."
+    assert told[0] == told[2] == f"rank 1: {told[1]}. Mend it there, and try again."

@@ -54,7 +54,7 @@ def saved(storage: Local, layout: Layout, full: dict[str, Any]) -> Checkpoint:
 
 
 def loaded(checkpoint: Checkpoint, layout: Layout, rank: int) -> State:
-    told = here(layout, rank)
+    told = here(layout, rank, layout.world)
     state = {name: torch.full(local.shape, 5.0, dtype=torch.float64) for name, local in told.locals.items()}
     wanted = Laid(told, state, {name: atom.shape for name, atom in checkpoint.atoms.items()})
     checkpoint.fill_parts(wanted.parts)
@@ -118,12 +118,12 @@ def test_values_that_differ_by_rank_become_their_mean_on_other_ranks() -> None:
         [3, 4],
         [8, 9],
     ]
-    other = Laid(here(two, 0), {"model.bias": torch.zeros(2)}, {"model.bias": (3, 2)})
+    other = Laid(here(two, 0, 2), {"model.bias": torch.zeros(2)}, {"model.bias": (3, 2)})
     assert [part.shape for part in other.parts] == [(3, 2)]
     with pytest.raises(
         StateMismatch, match=r"model\.bias is \[3, 4\] in the checkpoint and \[2, 2\] in the layout"
     ):
-        Laid(here(two, 0), {"model.bias": torch.zeros(2)}, {"model.bias": (3, 4)})
+        Laid(here(two, 0, 2), {"model.bias": torch.zeros(2)}, {"model.bias": (3, 4)})
 
 
 GROUPED = spec(
@@ -181,7 +181,7 @@ def engine(tmp_path: Path) -> Iterator[Engine]:
 def found(engine: Engine) -> torch.Tensor:
     """The newest step, through the layout."""
     state = {"model.qkv": torch.zeros(8, 3)}
-    told = here(parse(GROUPED).on({}, ATOMS), 0)
+    told = here(parse(GROUPED).on({}, ATOMS), 0, 1)
     checkpoint = Checkpoint(engine.storage, committed(engine.storage)[0])
     checkpoint.fill_parts(held_by(told, state))
     return state["model.qkv"]
@@ -319,5 +319,17 @@ def test_an_atom_without_elements_is_not_lost() -> None:
 
 def test_boxes_name_their_copies() -> None:
     layout = parse(spec({"match": "w", "shard": [{"tp": 0}]})).on({"tp": 2, "dp": 3}, {"model.w": (4, 2)})
-    (part,) = held_by(here(layout, 4), {"model.w": torch.zeros(2, 2)})
+    (part,) = held_by(here(layout, 4, layout.world), {"model.w": torch.zeros(2, 2)})
     assert (part.box, part.copies, part.tensor) == (Box((2, 0), (2, 2)), 3, "model.w")
+
+
+def test_a_load_that_was_refused_before_its_first_byte_leaves_a_state_that_can_be_saved(
+    tmp_path: Path,
+) -> None:
+    layout = parse(spec({"match": "w", "shard": [{"tp": 0}]})).on({}, {"model.w": (4, 2)})
+    with closing(Engine(tmp_path, layout=layout)) as engine:
+        engine.async_save({"model.w": torch.zeros(4, 2)}, step=1).upload_completion.result(10)
+    with closing(Engine(tmp_path, layout=layout)) as again:
+        with pytest.raises(UnsupportedState, match=r"model\.w has shape \[3, 2\].*rule 'w'"):
+            again.load({"model.w": torch.zeros(3, 2)})
+        again.async_save({"model.w": torch.zeros(4, 2)}, step=2).upload_completion.result(10)

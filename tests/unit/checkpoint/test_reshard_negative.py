@@ -181,7 +181,7 @@ def committing(change: Callable[[Patch], Patch]) -> Callable[[Saved], object]:
     return act
 
 
-THREE = laid(3, ROWS)
+THREE, FOUR = laid(3, ROWS), laid(4, ROWS)
 MORE = laid(3, ROWS, {"match": "c", "shard": [{"tp": 0}]}, atoms={**ATOMS, "model.c": (9, 2)})
 FEWER = laid(3, ROWS, atoms={"model.a.w": (6, 4)})
 WIDER = laid(3, ROWS, atoms={**ATOMS, "model.a.w": (6, 5)})
@@ -205,6 +205,10 @@ SAVED_AS = {
     "shape of one rank's tensor": Negative(
         load(THREE, lambda rank: {**cut(THREE, rank), **({"model.a.w": torch.full((3, 4), UNTOUCHED)} if rank == 1 else {})}),
         UnsupportedState, "rule 'a.*'", "model.a.w", ("[3, 4]", "[2, 4]"), "mend the spec, or the mesh",
+    ),
+    "a layout of other ranks": Negative(
+        load(FOUR, lambda rank: cut(FOUR, rank)),
+        SpecError, "", "", ("'tp': 4", "4 ranks", "there are 3"), "put the spec on a mesh of as many",
     ),
     "missing atom": Negative(
         load(MORE, lambda rank: cut(MORE, rank)),
@@ -274,7 +278,7 @@ def all_or_none(member: Member, error: CheckpointError | None) -> None:
 
 def test_of_several_failures_all_raise_the_worst() -> None:
     """Of a damaged step there is another one to take, and all take it or none does."""
-    errors = [DamagedCheckpoint("d"), None, StateMismatch("m"), StorageDenied("p", "s", "f")]
+    errors = [DamagedCheckpoint("d\udc80"), None, StateMismatch("m"), StorageDenied("p", "s", "f")]
 
     def one(member: Member) -> str:
         with pytest.raises(CheckpointError) as found:
@@ -282,7 +286,10 @@ def test_of_several_failures_all_raise_the_worst() -> None:
         return f"{type(found.value).__name__} {found.value}"
 
     assert together(3, one) == ["StateMismatch rank 2: m", "StateMismatch rank 2: m", "StateMismatch m"]
-    assert together(2, one) == ["DamagedCheckpoint d", "DamagedCheckpoint rank 0: d"]
+    assert together(2, one) == [
+        "DamagedCheckpoint d\udc80",
+        "DamagedCheckpoint rank 0: d\\udc80",
+    ]
     assert together(4, one)[1:] == [
         *["StorageError rank 3: p: s. f. Mend it there, and try again."] * 2,
         "StorageDenied p: s. f",
