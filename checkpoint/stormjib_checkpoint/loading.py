@@ -183,7 +183,8 @@ class Loading:
         return self._near is not None and self._near.has(self._step.data_path(rank))
 
     def _plan(self, goals: Sequence[Goal]) -> list[FilePlan]:
-        targets = [Target(goal.aim.want.name, goal.aim.box) for goal in goals]
+        wants = ((goal.aim.want, goal.aim.box) for goal in goals)
+        targets = [Target(want.name, box, want.part.copies) for want, box in wants]
         return plan(targets, self._index.atoms, self._storage.request_bytes, span_of(self._group.size))
 
     @contextlib.contextmanager

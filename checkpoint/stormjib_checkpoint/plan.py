@@ -33,6 +33,8 @@ class Target(NamedTuple):
 
     atom: str
     box: Box
+    copies: int = 1
+    """On how many ranks it is. What is on as many is read together, and what is not is not: those who want the same ask for the same."""
 
 
 class Cut(NamedTuple):
@@ -122,7 +124,7 @@ def plan(
 ) -> list[FilePlan]:
     """The reads that fill all targets, by file. `request`: so many bytes take as long to read as one more request; none is longer than
     `span`, but for a single row."""
-    cuts: defaultdict[int, list[Cut]] = defaultdict(list)
+    cuts: defaultdict[tuple[int, int], list[Cut]] = defaultdict(list)
     strips: defaultdict[int, list[Strip]] = defaultdict(list)
     for number, target in enumerate(targets):
         atom = atoms[target.atom]
@@ -135,10 +137,13 @@ def plan(
             if runs.are_many:
                 strips[source.rank] += runs.strips(request, span)
             else:
-                cuts[source.rank] += runs.cuts()
+                cuts[source.rank, target.copies] += runs.cuts()
+    reads: defaultdict[int, list[Read]] = defaultdict(list)
+    for (rank, _), some in cuts.items():
+        reads[rank] += coalesced(some, request, span)
     return [
-        FilePlan(rank, [*coalesced(cuts[rank], request, span)], strips[rank])
-        for rank in sorted(cuts.keys() | strips.keys())
+        FilePlan(rank, sorted(reads[rank], key=attrgetter("start")), strips[rank])
+        for rank in sorted(reads.keys() | strips.keys())
     ]
 
 
