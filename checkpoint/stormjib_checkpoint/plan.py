@@ -142,7 +142,10 @@ def plan(
     return [
         FilePlan(
             rank,
-            [read for some in cuts[rank].values() for read in coalesced(some, request, span)],
+            sorted(
+                (read for some in cuts[rank].values() for read in coalesced(some, request, span)),
+                key=attrgetter("start"),
+            ),
             strips[rank],
         )
         for rank in sorted(cuts.keys() | strips.keys())

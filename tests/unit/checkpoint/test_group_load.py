@@ -415,3 +415,22 @@ def test_where_one_rank_may_not_read_no_other_waits_for_it(
     told = together(3, one)
     assert told[1] == "rank-00000: no permission. Grant it."
     assert told[0] == told[2] == f"rank 1: {told[1]}. Mend it there, and try again."
+
+
+def test_what_all_want_is_read_once_though_it_lies_between_what_each_has_a_part_of() -> None:
+    """As weights between the moments of an optimizer that is shared out: in one request with them they would be read by everybody."""
+    atoms = {f"model.{i}": filled((8, 6), torch.float32, i) for i in range(6)}
+    saved = Saved(Mesh((1,), (0,)), atoms, request_bytes=64)
+    whole_, shared = Mesh((4,), (None,)), Mesh((4,), (0,))
+
+    def one(member: Member) -> None:
+        pairs = [
+            pair
+            for number, name in enumerate(atoms)
+            for pair in parts_of((whole_, shared)[number % 2], {name: atoms[name]}, member.member)
+        ]
+        Checkpoint(saved.storage, saved.point).fill_parts([part for _, part in pairs], group=member)
+        assert all(raw(part.local) == raw(wanted.local) for wanted, part in pairs)
+
+    together(4, one)
+    assert saved.storage.bytes_read == nbytes(atoms)
