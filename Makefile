@@ -67,6 +67,7 @@ bench: setup      ## every benchmark, tables on the terminal
 	$(PY) -m bench.bursts --quick
 	$(PY) -m bench.checkpoint --quick
 	$(PY) -m bench.restore --quick
+	$(PY) -m bench.reshard --quick
 	$(PY) -m bench.store_client --quick
 	$(PY) -m bench.copies --quick
 	$(PY) -m bench.digest --quick
