@@ -147,7 +147,7 @@ def from_files(folder: Path, state: State, rounds: int) -> Iterator[Row]:
     for how in ("cold", "warm"):
         pairs = zip(found[OURS, how], found[BARE, how], strict=True)
         yield Row.of(
-            "load, with hashes / without",
+            "load, with digests / without",
             f"{gigabytes:.2f} GB, {how}",
             OURS,
             [a[0] / b[0] for a, b in pairs],

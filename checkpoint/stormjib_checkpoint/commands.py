@@ -9,6 +9,7 @@ import typer
 from rich.table import Table
 
 from stormjib_checkpoint import commit, history, layout, plan_command, retention, verify
+from stormjib_checkpoint.digest.definition import Row, whole
 from stormjib_checkpoint.interop import commands as interop
 from stormjib_checkpoint.ledger import audit as read_audit
 from stormjib_checkpoint.step import CommittedStep
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from stormjib_checkpoint.format import ResumePoint
+    from stormjib_checkpoint.index import Index
     from stormjib_checkpoint.ledger import Difference
     from stormjib_checkpoint.storage import Storage
 
@@ -69,11 +71,13 @@ def show(root: Root, step: Step = None, json: AsJson = False) -> None:
         }
         for name, atom in content.atoms.items()
     }
+    state = _state_digest(content)
     if json:
         rest = {"ties": content.ties, "absent": content.absent, "scalars": content.scalars}
-        _json({**point._asdict(), "tensors": tensors, **rest})
+        _json({**point._asdict(), "tensors_digest": state, "tensors": tensors, **rest})
         return
     _out.print(f"step {point.step} of generation {point.generation}, manifest {point.digest}")
+    _out.print(f"digest of all tensors: {state or 'none, as it was written before 1.1'}")
     table = Table("name", "type", "shape", "ranks", box=None)
     for name, tensor in tensors.items():
         shape = "x".join(map(str, tensor["shape"])) or "scalar"
@@ -85,6 +89,14 @@ def show(root: Root, step: Step = None, json: AsJson = False) -> None:
     _out.print(table)
     for name, value in content.scalars.items():
         _out.print(f"{name} = {value!r}", markup=False, highlight=False)
+
+
+def _state_digest(content: Index) -> str | None:
+    """Equal for equal tensors, on however many ranks they were saved; None where one has no digest."""
+    rows = [
+        Row(name, atom.dtype, atom.shape, atom.digest) for name, atom in content.atoms.items() if atom.digest
+    ]
+    return whole(rows) if len(rows) == len(content.atoms) else None
 
 
 def _short(ranks: Iterable[int]) -> str:

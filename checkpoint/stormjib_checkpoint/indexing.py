@@ -18,19 +18,11 @@ from stormjib_checkpoint.grids import Held, equal_runs, fit
 from stormjib_checkpoint.records import canonical
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from stormjib_checkpoint.format import Atom, RankFile
     from stormjib_checkpoint.grids import Grid
     from stormjib_checkpoint.records import Json
-
-
-def index_of(ranks: Iterable[RankFile], place: str) -> AtomsFile:
-    """`atoms.json` of all ranks' records, in the order of their ranks; `place` is named in errors. Raises Inconsistent."""
-    indexing = Indexing(place)
-    for record in ranks:
-        indexing.add(record)
-    return indexing.index()
 
 
 class Indexing:

@@ -55,8 +55,9 @@ def load(
 
     Tensors and DTensors are filled in place, whatever world size saved them; other values are replaced in the mapping. What `near` has
     is read from there first. Names must be the same on both sides, after `rename`: `lambda name: name.replace(".encoder.", ".enc.")`.
-    `cast` are patterns of names (`model.*`) that may have another type here. `layout` says how plain tensors lie that are no whole ones. A `group` loads together: each member calls this, for its
-    own part, and all parts are proved as one; a rank alone proves its part by checksums, for which it reads whole pieces.
+    `cast` are patterns of names (`model.*`) that may have another type here. `layout` says how plain tensors lie that are no whole ones.
+    A `group` loads together: each member calls this, for its own part, and all parts are proved as one; a rank alone proves its part by
+    checksums, for which it reads whole pieces.
     Raises MissingCheckpoint, DamagedCheckpoint, StateMismatch, StorageError.
     """
     with agreed(group):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from stormjib_checkpoint.errors import AlreadySaved, AlreadyThere, FormatError, UnsupportedState
-from stormjib_checkpoint.format import MAX_SMALL_FILE, RankFile, TrainFile
+from stormjib_checkpoint.format import MAX_SMALL_FILE, RESERVED, RankFile, TrainFile
 from stormjib_checkpoint.left import Records
 from stormjib_checkpoint.objects import to_json
 from stormjib_checkpoint.records import MAX_INTEGER, check_text, encode, shown
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from stormjib_checkpoint.layout import GenerationId
     from stormjib_checkpoint.records import Json
     from stormjib_checkpoint.spec.layout import Layout
-
-RESERVED = "__"
 
 
 class Part(NamedTuple):

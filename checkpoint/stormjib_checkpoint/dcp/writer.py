@@ -25,13 +25,13 @@ from stormjib_checkpoint.engine.staging import Copying
 from stormjib_checkpoint.engine.tidier import Tidier
 from stormjib_checkpoint.engine.workers import Job, Workers
 from stormjib_checkpoint.errors import SaveError, UnsupportedState
-from stormjib_checkpoint.format import Atom
+from stormjib_checkpoint.format import RESERVED, Atom
 from stormjib_checkpoint.image import Image, image_of
 from stormjib_checkpoint.layout import GenerationId
 from stormjib_checkpoint.left import leave
 from stormjib_checkpoint.opening import open_next
 from stormjib_checkpoint.tensors import TAGS, Held, held
-from stormjib_checkpoint.writer import RESERVED, Part, Staged, records_of, refuse_unstorable, told_as_saved
+from stormjib_checkpoint.writer import Part, Staged, records_of, refuse_unstorable, told_as_saved
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata

@@ -17,7 +17,7 @@ from stormjib_checkpoint import layout
 from stormjib_checkpoint.boxes import flaw, part, runs, whole
 from stormjib_checkpoint.commit import commit_step
 from stormjib_checkpoint.errors import ForeignDamaged, ImportRefused
-from stormjib_checkpoint.format import ITEM_BYTES, PIECE_BYTES
+from stormjib_checkpoint.format import ITEM_BYTES, PIECE_BYTES, RESERVED
 from stormjib_checkpoint.hashing import Hashing, Memory
 from stormjib_checkpoint.history import committed
 from stormjib_checkpoint.image import image_of
@@ -25,7 +25,7 @@ from stormjib_checkpoint.layout import GenerationId
 from stormjib_checkpoint.left import leave
 from stormjib_checkpoint.opening import open_next
 from stormjib_checkpoint.tensors import DTYPES, Held
-from stormjib_checkpoint.writer import RESERVED, Part, records_of, refuse_unstorable
+from stormjib_checkpoint.writer import Part, records_of, refuse_unstorable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

@@ -249,3 +249,18 @@ def test_plan_with_a_spec_of_ones_own(tmp_path: Path) -> None:
     assert sum(rank["storage"] for rank in json.loads(text)["ranks"]) == 1_536_000
     code, text = run("plan", tmp_path, "--to", "tp3", "--spec", spec, "--size", "unit")
     assert (code, "--size unit is not of the form NAME=NUMBER" in text) == (1, True)
+
+
+def test_equal_tensors_have_one_digest_on_however_many_ranks_they_were_saved(tmp_path: Path) -> None:
+    """§12.8"""
+    atom, found = torch.randn(6, 4), []
+    for number, (world, values) in enumerate([(1, atom), (3, atom), (3, atom + 1)]):
+        storage = Local(tmp_path / str(number))
+        generation = open_next(storage).generation
+        for rank, (box, primary) in enumerate(Mesh((world,), (0,)).boxes((6, 4))):
+            who = Part(1, GenerationId.parse(generation), rank, world)
+            save_parts(storage, who, [held("model.w", values, box, primary)], {}, {}, {})
+        commit_step(storage, generation, world, 1)
+        found.append(json.loads(run("show", tmp_path / str(number), "--json")[1])["tensors_digest"])
+    assert found[0] == found[1] != found[2]
+    assert found[0] in run("show", tmp_path / "0")[1]

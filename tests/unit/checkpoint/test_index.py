@@ -14,13 +14,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fakes.indices import indexed
 from fakes.parts import PAGE, Cut, parts, records_of
 from stormjib_checkpoint.boxes import Box, intersect, part, whole
 from stormjib_checkpoint.errors import DamagedCheckpoint, FormatError, Inconsistent
 from stormjib_checkpoint.format import AtomRow, AtomsFile
 from stormjib_checkpoint.grids import MAX_CELLS, Grid, Held, fit
 from stormjib_checkpoint.index import Index
-from stormjib_checkpoint.indexing import index_of
 from stormjib_checkpoint.layout import GenerationId
 from stormjib_checkpoint.records import decode, encode
 
@@ -35,7 +35,7 @@ STATES = (("model", "BF16"), ("exp_avg", "F32"), ("exp_avg_sq", "F32"))
 
 def opened(records: Sequence[RankFile], data: bytes | None = None) -> Index:
     """The index as a reader has it: from the bytes of the file."""
-    record = decode(AtomsFile, encode(index_of(records, "step")) if data is None else data, "atoms.json")
+    record = decode(AtomsFile, encode(indexed(records, "step")) if data is None else data, "atoms.json")
     return Index(record, [one.data.bytes for one in records], "step")
 
 
@@ -108,7 +108,7 @@ def test_a_grid_is_written_in_runs() -> None:
         "d": rows(4),
         "e": Cut("U8", (0,), ()),
     }
-    plain = json.loads(encode(index_of(records_of(cuts, [PAGE, PAGE, PAGE, 2 * PAGE]), "step")))
+    plain = json.loads(encode(indexed(records_of(cuts, [PAGE, PAGE, PAGE, 2 * PAGE]), "step")))
     assert plain["requires"] == ["grid"]
     assert plain["heads"] == [[PAGE, 3], [2 * PAGE, 1]]
     assert plain["grids"] == [
@@ -132,7 +132,7 @@ def test_what_no_grid_holds_keeps_its_boxes_and_counts_in_the_file_of_its_rank()
         "F32", (2, 2), ((1, Box((0, 0), (1, 2))), (1, Box((1, 0), (1, 1))), (0, Box((1, 1), (1, 1))))
     )
     records = records_of({"a": rows(2), "b": corner, "c": rows(2, [1, 1])}, [PAGE, PAGE])
-    plain = json.loads(encode(index_of(records, "step")))
+    plain = json.loads(encode(indexed(records, "step")))
     assert [key for key, atom in plain["atoms"].items() if "boxes" in atom] == ["b"]
     second = records[1].atoms["b"].boxes[1]
     assert (second.start, second.end) == (PAGE, PAGE + 4), "__box.1.b lies before a"
@@ -144,7 +144,7 @@ def test_without_grids_nothing_is_required() -> None:
     corner = Cut(
         "F32", (2, 2), ((0, Box((0, 0), (1, 2))), (0, Box((1, 0), (1, 1))), (0, Box((1, 1), (1, 1))))
     )
-    plain = json.loads(encode(index_of(records_of({"b": corner}, [PAGE]), "step")))
+    plain = json.loads(encode(indexed(records_of({"b": corner}, [PAGE]), "step")))
     assert (plain["requires"], "grids" in plain, "heads" in plain) == ([], False, False)
 
 
@@ -161,7 +161,7 @@ def test_files_in_another_order_have_no_grids(order: str) -> None:
     records[1] = replace(records[1], atoms=atoms, data=data)
     index = opened(records)
     assert {name: list(atom.boxes) for name, atom in index.atoms.items()} == said(records)
-    assert json.loads(encode(index_of(records, "step")))["requires"] == []
+    assert json.loads(encode(indexed(records, "step")))["requires"] == []
     assert index.head_bytes(1) == PAGE
 
 
@@ -169,16 +169,16 @@ def test_a_grid_has_each_cell_once() -> None:
     """§5.1: what a grid cannot tile is looked at box by box."""
     twice = Cut("F32", (2, 2), ((0, Box((0, 0), (1, 2))), (1, Box((0, 0), (1, 2)))))
     with pytest.raises(Inconsistent, match=r"hold a exactly once: boxes \[0:1\]x\[0:2\] and .* overlap"):
-        index_of(records_of({"a": twice}, [PAGE, PAGE]), "step")
+        indexed(records_of({"a": twice}, [PAGE, PAGE]), "step")
     quarter = [Box((at // 2, at % 2), (1, 1)) for at in (0, 1, 2, 2)]
     thrice = Cut("F32", (2, 2), tuple(enumerate(quarter)))
     with pytest.raises(Inconsistent, match=r"hold a exactly once: boxes .* overlap"):
-        index_of(records_of({"a": thrice}, [PAGE] * 4), "step")
+        indexed(records_of({"a": thrice}, [PAGE] * 4), "step")
     hole = Cut("F32", (3, 2), ((0, Box((0, 0), (1, 2))), (1, Box((2, 0), (1, 2)))))
     with pytest.raises(Inconsistent, match="hold a exactly once: 4 of 6 elements are there"):
-        index_of(records_of({"a": hole}, [PAGE, PAGE]), "step")
+        indexed(records_of({"a": hole}, [PAGE, PAGE]), "step")
     with pytest.raises(Inconsistent, match="no rank has a record"):
-        index_of([], "step")
+        indexed([], "step")
 
 
 HUGE = 10**12
@@ -222,7 +222,7 @@ HUGE = 10**12
 def test_a_grid_that_lies_is_refused(change: dict[str, Any], message: str | None) -> None:
     """§13.6: at once, however much it claims."""
     records = records_of({"a": rows(4)}, [PAGE] * 4)
-    plain = json.loads(encode(index_of(records, "step")))
+    plain = json.loads(encode(indexed(records, "step")))
     (plain if change.keys() & {"grids", "heads"} else plain["atoms"]["a"]).update(change)
     data = json.dumps(plain).encode()
     if message is not None:
@@ -251,7 +251,7 @@ CORNER = Cut("F32", (2, 2), ((1, Box((0, 0), (1, 2))), (0, Box((1, 0), (1, 1))),
 def test_an_index_that_does_not_go_with_the_files_is_damage(change: dict[str, Any], message: str) -> None:
     """§13.6"""
     records = records_of({"a": rows(4), "b": CORNER}, [PAGE] * 4)
-    plain = json.loads(encode(index_of(records, "step")))
+    plain = json.loads(encode(indexed(records, "step")))
     plain["atoms"]["b"]["boxes"][0].update(change.pop("b", {}))
     with pytest.raises(DamagedCheckpoint, match=message):
         opened(records, json.dumps(plain | change).encode()).names_in(0, 0, PAGE * 2)
@@ -270,7 +270,7 @@ def test_any_number_in_any_place_is_damage_or_leads_nowhere_else(
     records: list[RankFile], place: int, number: int
 ) -> None:
     """§13.6: nothing but those errors, and no box that does not lie in its rank's file."""
-    plain = json.loads(encode(index_of(records, "step")))
+    plain = json.loads(encode(indexed(records, "step")))
     every = numbers_in(plain)
     container, key = every[place % len(every)]
     container[key] = number

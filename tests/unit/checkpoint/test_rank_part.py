@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from fakes.disk import Disk
+from fakes.indices import indexed
 from fakes.meshes import filled
 from fakes.saving import commit_states, save_rank
 from stormjib_checkpoint.boxes import Box
@@ -24,7 +25,6 @@ from stormjib_checkpoint.format import (
     RankFile,
     StoredBox,
 )
-from stormjib_checkpoint.indexing import index_of
 from stormjib_checkpoint.layout import GenerationId
 from stormjib_checkpoint.opening import open_generation
 from stormjib_checkpoint.records import decode, encode
@@ -123,7 +123,7 @@ def test_partial_digests_add_up_in_the_index(digests: tuple[str | None, ...], wh
         return RankFile(1, generation, number, 2, "", DataFile(10, 16, ("0" * 16,)), atoms, {}, (), {}, {})
 
     records = [decode(RankFile, encode(rank(*of)), "file") for of in enumerate(digests)]
-    index = encode(index_of(records, "step"))
+    index = encode(indexed(records, "step"))
     assert decode(AtomsFile, index, "file").atoms["w"].digest == whole
     assert ("digest" in json.loads(index)["atoms"]["w"]) is (whole is not None), (
         "what is not there is left out"

@@ -76,6 +76,21 @@ def same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     )
 
 
+def test_a_model_of_another_type_is_restored_only_where_that_is_said(tmp_path: Path) -> None:
+    model = Net(1)
+    optimizer = OPTIMIZERS["adamw"](model)
+    step(model, optimizer)
+    point = saved(Local(tmp_path), collect(model, optimizer))
+    other = Net(2).bfloat16()
+    fresh = OPTIMIZERS["adamw"](other)
+    with pytest.raises(StateMismatch, match="name it in cast="):
+        restore(Local(tmp_path), point, other, fresh)
+    restore(Local(tmp_path), point, other, fresh, cast=["model.*"])
+    for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(theirs, mine.bfloat16())
+        assert torch.equal(fresh.state[theirs]["exp_avg"], optimizer.state[mine]["exp_avg"])
+
+
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 @pytest.mark.parametrize("used", [False, True])
 def test_training_goes_on_bit_for_bit_in_a_fresh_model(tmp_path: Path, kind: str, used: bool) -> None:
